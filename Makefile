@@ -1,0 +1,40 @@
+# Two commands do everything:  make train [ARGS="--model smallresnet"]   and   make test
+PYTHON ?= python3
+RANKS  ?= 4
+ARGS   ?=
+BIN    := .venv/bin
+
+# more ranks than cores are welcome (Open MPI would refuse), and root may run mpirun in a container
+export OMPI_MCA_rmaps_base_oversubscribe := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+
+.PHONY: train test lint clean
+
+train: .venv/train.done
+	$(BIN)/mpirun -n $(RANKS) $(BIN)/python -m cnnmpi.train $(ARGS)
+
+test: .venv/test.done
+	$(BIN)/python -m pytest
+	$(BIN)/mpirun -n 2 $(BIN)/python -m pytest --with-mpi
+	$(BIN)/mpirun -n 3 $(BIN)/python -m pytest --with-mpi -m mpi
+	$(BIN)/mpirun -n 4 $(BIN)/python -m pytest --with-mpi -m mpi
+
+lint: .venv/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/train.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich]'
+	touch $@
+
+.venv/test.done: .venv/train.done
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich,torch,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

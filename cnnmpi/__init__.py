@@ -1,0 +1,55 @@
+"""cnnmpi: data-parallel training of convolutional networks, from scratch in NumPy, with MPI and HDF5.
+
+The number of ranks changes the time, never the result. Start with ``cnnmpi.train``, or build from the layers here.
+"""
+
+from cnnmpi.data import DataLoader, load_cifar10
+from cnnmpi.functional import cross_entropy_loss
+from cnnmpi.layers import (
+    AvgPool2d,
+    BatchNorm,
+    Conv2d,
+    Dropout,
+    Flatten,
+    GlobalAvgPool2d,
+    Identity,
+    Layer,
+    Linear,
+    MaxPool2d,
+    ReLU,
+    Residual,
+    Sequential,
+    Softmax,
+)
+from cnnmpi.models import Model, SimpleCNN, SmallResNet
+from cnnmpi.optim import SGD, Adam, AdamW
+from cnnmpi.train import Config, Trainer, load_checkpoint
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "AvgPool2d",
+    "BatchNorm",
+    "Config",
+    "Conv2d",
+    "DataLoader",
+    "Dropout",
+    "Flatten",
+    "GlobalAvgPool2d",
+    "Identity",
+    "Layer",
+    "Linear",
+    "MaxPool2d",
+    "Model",
+    "ReLU",
+    "Residual",
+    "Sequential",
+    "SimpleCNN",
+    "SmallResNet",
+    "Softmax",
+    "Trainer",
+    "cross_entropy_loss",
+    "load_checkpoint",
+    "load_cifar10",
+]

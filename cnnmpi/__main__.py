@@ -1,0 +1,33 @@
+"""``cnnmpi <command>``: the same commands as ``python -m cnnmpi.<command>``."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "train": ("cnnmpi.train.__main__", "train a model; start it with mpirun for several ranks"),
+    "evaluate": ("cnnmpi.evaluate", "accuracy, loss and confusion matrix of a checkpoint"),
+    "predict": ("cnnmpi.predict", "classes of image files"),
+    "data": ("cnnmpi.data.__main__", "convert a CIFAR archive to HDF5"),
+    "checkpoint": ("cnnmpi.checkpoint.__main__", "show, verify or compare checkpoints"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that the first argument names, with the others. Returns its exit code."""
+    args = sys.argv[1:] if argv is None else argv
+    if args and args[0] in COMMANDS:
+        code: int = importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
+        return code
+    usage = "usage: cnnmpi <command> [arguments]; each takes --help\n" + "".join(
+        f"  {name:<11} {text}\n" for name, (_, text) in COMMANDS.items()
+    )
+    if args in (["-h"], ["--help"]):
+        print(usage, end="")
+        return 0
+    problem = f"no command {args[0]!r}" if args else "no command given"
+    print(f"cnnmpi: error: {problem}\n{usage}", end="", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Data: CIFAR archives -> HDF5 -> batches, with augmentation; and synthetic images where there are none."""
+
+from cnnmpi.data.archive import read_archive
+from cnnmpi.data.augment import normalize, random_crop, random_horizontal_flip
+from cnnmpi.data.dataset import DataError, Dataset, statistics
+from cnnmpi.data.find import find_data, load_cifar10
+from cnnmpi.data.hdf5 import read_hdf5, write_hdf5
+from cnnmpi.data.loader import DataLoader
+from cnnmpi.data.synthetic import synthetic
+
+__all__ = [
+    "DataError",
+    "DataLoader",
+    "Dataset",
+    "find_data",
+    "load_cifar10",
+    "normalize",
+    "random_crop",
+    "random_horizontal_flip",
+    "read_archive",
+    "read_hdf5",
+    "statistics",
+    "synthetic",
+    "write_hdf5",
+]

@@ -1,0 +1,41 @@
+"""Convert a CIFAR archive to HDF5: ``python -m cnnmpi.data --archive cifar-10-binary.tar.gz --out data/cifar10.h5``."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from cnnmpi.data.archive import read_archive
+from cnnmpi.data.dataset import DataError
+from cnnmpi.data.hdf5 import write_hdf5
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert an official CIFAR-10 or CIFAR-100 archive, python or binary version, to HDF5."""
+
+    archive: Path
+    """The archive (.tar.gz or .tar), or the folder that it was extracted to."""
+    out: Path = Path("data/cifar10.h5")
+    """The HDF5 file to write."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns its exit code: 0, or 2 for data that cannot be used."""
+    command = tyro.cli(Convert, args=argv, prog="cnnmpi.data")
+    try:
+        dataset = read_archive(command.archive)
+        write_hdf5(command.out, dataset)
+    except DataError as error:
+        print(f"cnnmpi.data: error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{command.out}: {dataset.source}, {len(dataset.train_labels)} train and {len(dataset.test_labels)} test images, "
+        f"{len(dataset.classes)} classes, sha256 {dataset.sha256}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

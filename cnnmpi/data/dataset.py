@@ -1,0 +1,126 @@
+"""A data set: images and labels for training and testing, what they are called and where they come from."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BLOCK = 1000  # images handled at a time: 3 MB of CIFAR-10, so that temporaries stay small
+SMALLEST_STD = 1e-3  # a quarter of a grey level; a constant channel is divided by this rather than by 0
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line that names the file and says what is wrong."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images uint8 (N, C, H, W), channels-last in memory, and labels int64 (N,), for training and for testing."""
+
+    train_images: Array
+    train_labels: Array
+    test_images: Array
+    test_labels: Array
+    classes: tuple[str, ...]
+    source: str  # for people: where the images come from
+    sha256: str = ""  # of the archive they were read from, if any
+
+    def check(self, name: str = "data set") -> None:
+        """Raise DataError, beginning with ``name``, unless dtypes, shapes, lengths and labels are as they should be."""
+        for part, images, labels in self._parts():
+            check_declared(f"{name}: {part}", images, labels)
+            if labels.dtype != np.int64:
+                raise DataError(f"{name}: {part} labels must be int64, got {labels.dtype}")
+            check_labels(f"{name}: {part}", labels, len(self.classes))
+        check_same_image_shape(name, self.train_images, self.test_images)
+
+    def digest(self) -> str:
+        """Return the sha256 of classes, shapes, pixels (N, H, W, C) and labels (little-endian): the data's identity."""
+        sha = hashlib.sha256(json.dumps(self.classes).encode())
+        for _, images, labels in self._parts():
+            sha.update(json.dumps(images.shape).encode())
+            for block in blocks(0, len(images)):
+                sha.update(nhwc(images[block]))
+            sha.update(labels.astype("<i8").tobytes())
+        return sha.hexdigest()
+
+    def _parts(self) -> list[tuple[str, Array, Array]]:
+        return [("train", self.train_images, self.train_labels), ("test", self.test_images, self.test_labels)]
+
+
+def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of uint8 ``images`` (N, C, H, W), scaled to [0, 1].
+
+    The sums are sums of integers, so the result is exact up to one rounding: it depends neither on the order of
+    the images nor on the machine. A channel that hardly varies gets SMALLEST_STD.
+    """
+    N, C, H, W = images.shape
+    if images.dtype != np.uint8 or images.size == 0:
+        raise ValueError(f"statistics: expected at least one uint8 image, got {images.dtype} {images.shape}")
+    counts = np.zeros((C, 256), np.int64)  # how often each channel has each level
+    for block in blocks(0, N):
+        pixels = nhwc(images[block]).reshape(-1, C)
+        for c in range(C):
+            counts[c] += np.bincount(pixels[:, c], minlength=256)
+    n = N * H * W
+    levels = np.arange(256)
+    sums = [int(levels @ count) for count in counts]
+    squares = [int(levels**2 @ count) for count in counts]
+    mean = tuple(s / (255 * n) for s in sums)
+    std = tuple(math.sqrt((n * q - s * s) / (255 * n) ** 2) for s, q in zip(sums, squares, strict=True))
+    return mean, tuple(max(value, SMALLEST_STD) for value in std)
+
+
+def check_declared(name: str, images: Any, labels: Any) -> None:
+    """Raise DataError unless dtypes and shapes, of arrays or of what a file declares, fit uint8 images and labels."""
+    if images.dtype != np.uint8:
+        raise DataError(f"{name} images must be uint8, got {images.dtype}")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{name} labels must be integers, got {labels.dtype}")
+    if len(images.shape) != 4 or len(labels.shape) != 1:
+        raise DataError(f"{name} needs images (N, C, H, W) and labels (N,), got {images.shape} and {labels.shape}")
+    if 0 in images.shape or 0 in labels.shape:
+        raise DataError(f"{name} is empty: images {images.shape}, labels {labels.shape}")
+    if images.shape[0] != labels.shape[0]:
+        raise DataError(f"{name} has {images.shape[0]} images but {labels.shape[0]} labels")
+
+
+def check_labels(name: str, labels: Array, classes: int) -> None:
+    """Raise DataError unless all ``labels`` lie in 0..classes - 1."""
+    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+        raise DataError(f"{name} labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}")
+
+
+def check_same_image_shape(name: str, train_images: Any, test_images: Any) -> None:
+    """Raise DataError if the images for training and testing differ in channels or size."""
+    train, test = tuple(train_images.shape[1:]), tuple(test_images.shape[1:])
+    if train != test:
+        raise DataError(f"{name}: train images are {train} but test images {test}")
+
+
+def nhwc(images: Array) -> Array:
+    """View (N, C, H, W) as a contiguous (N, H, W, C) array; copies only what is not channels-last in memory yet."""
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+
+def nchw(images: Array) -> Array:
+    """View (N, H, W, C) as (N, C, H, W), the shape that callers see."""
+    return images.transpose(0, 3, 1, 2)
+
+
+def part_of(count: int, index: int, parts: int) -> slice:
+    """Return where the ``index``-th of ``parts`` contiguous parts of ``count`` things lies, as np.array_split cuts."""
+    size, larger = divmod(count, parts)
+    start = index * size + min(index, larger)
+    return slice(start, start + size + (index < larger))
+
+
+def blocks(start: int, stop: int, size: int = BLOCK) -> Iterator[slice]:
+    """Cut start..stop into slices of ``size``."""
+    return (slice(at, min(at + size, stop)) for at in range(start, stop, size))

@@ -1,0 +1,360 @@
+"""Ranks: who works together, what they agree on, and the sum of their gradients. The only file that imports mpi4py.
+
+ranks = start()                       # the ranks that mpirun started; a single one without mpirun
+reducer = ExactReducer(ranks, shards, sizes)
+reducer.add(shard, grads, statistics, counts)      # for each shard of this rank; 1-D arrays of these sizes
+grads, statistics, counts = reducer.reduce()       # the sums over all shards: equal bits on every rank
+"""
+
+import contextlib
+import hashlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Result = TypeVar("Result")
+
+# what launchers tell each process they start: how many there are
+LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+ARRIVE_S = 2.0  # how long a rank with an error waits for the others to come with the same one
+IDLE_S = 2e-4  # between two looks at a reduction under way, where ranks share cores
+
+
+class UserError(Exception):
+    """Something that the user can mend: shown as one line, without a traceback."""
+
+
+class RemoteError(Exception):
+    """Another rank failed and has said why; this one ends as well."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"rank 0 ended with code {code}")
+        self.code = code
+
+
+class Ranks:
+    """The processes that train together. With ``comm`` None it is this process alone, and nothing is sent.
+
+    ``rank`` of ``size`` in all; ``local_rank`` of ``local_size`` on this host.
+    """
+
+    def __init__(self, comm: Any = None, mpi: Any = None) -> None:
+        self.comm, self.mpi = comm, mpi
+        self.rank: int = comm.Get_rank() if comm else 0
+        self.size: int = comm.Get_size() if comm else 1
+        self.node = comm.Split_type(mpi.COMM_TYPE_SHARED) if comm else None
+        self.local_rank: int = self.node.Get_rank() if self.node else 0
+        self.local_size: int = self.node.Get_size() if self.node else 1
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # mpirun may bind every rank to a core of its own: then the ranks' sets are added up
+        self.cores_on_node = len(set().union(*self.gather_node(_affinity())))
+        self.oversubscribed = self.local_size > self.cores_on_node
+        self._windows: list[Any] = []  # keep shared memory alive
+        self._farewell = comm.Dup() if comm else None
+
+    # -- objects: small things, by pickle ----------------------------------------------------------------------------
+
+    def gather_node(self, value: Result) -> list[Result]:
+        """Return the ``value`` of every rank on this host, on each of them."""
+        return list(self.node.allgather(value)) if self.node else [value]
+
+    def gather(self, value: Result) -> list[Result]:
+        """Return the ``value`` of every rank, on each rank."""
+        return list(self.comm.allgather(value)) if self.comm else [value]
+
+    def on_node(self, function: Callable[[], Result]) -> Result:
+        """Call ``function`` on one rank of each host and return its result on all ranks of that host."""
+        result = self.gather_node(function() if self.local_rank == 0 else None)[0]
+        return result  # type: ignore[return-value]
+
+    def on_rank0(self, function: Callable[[], Result]) -> Result:
+        """Call ``function`` on rank 0 and return its result on every rank.
+
+        Where it raises, rank 0 raises that, and the others RemoteError: all end, one explains.
+        """
+        if self.comm is None:
+            return function()
+        if self.rank == 0:
+            try:
+                result = function()
+            except BaseException as error:
+                self.comm.bcast(("error", exit_code(error)))
+                raise
+            self.comm.bcast(("result", result))
+            return result
+        kind, value = self.comm.bcast(None)
+        if kind == "error":
+            raise RemoteError(value)
+        return value  # type: ignore[no-any-return]
+
+    def agree(self, what: str, value: object) -> None:
+        """Raise UserError on every rank unless all have an equal ``value`` (compared by its repr)."""
+        mine = hashlib.sha256(repr(value).encode()).hexdigest()
+        theirs = self.gather((mine, socket.gethostname()))
+        different = [f"rank {r} ({host})" for r, (digest, host) in enumerate(theirs) if digest != theirs[0][0]]
+        if different:
+            raise UserError(f"the ranks differ in {what}: {', '.join(different)} from rank 0; start all alike")
+
+    # -- arrays: large things, as buffers ----------------------------------------------------------------------------
+
+    def broadcast(self, array: Array) -> None:
+        """Overwrite the contiguous ``array`` with rank 0's, in place."""
+        if self.comm is not None:
+            self.comm.Bcast(array, root=0)
+
+    def sum(self, array: Array) -> None:
+        """Overwrite the contiguous ``array`` with the sum over all ranks, in place."""
+        if self.comm is None:
+            return
+        if not self.oversubscribed:
+            self.comm.Allreduce(self.mpi.IN_PLACE, array)
+            return
+        request = self.comm.Iallreduce(self.mpi.IN_PLACE, array)
+        while not request.Test():  # a waiting rank that spins would take the core from one that computes
+            time.sleep(IDLE_S)
+
+    def shared_array(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return one zeroed array that all ranks of this host share. Call on all of them, in the same order."""
+        if self.node is None:
+            return np.zeros(shape, dtype)
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        window = self.mpi.Win.Allocate_shared(max(nbytes, 1) if self.local_rank == 0 else 0, 1, comm=self.node)
+        self._windows.append(window)
+        memory, _ = window.Shared_query(0)
+        return np.frombuffer(memory, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+
+    def node_barrier(self) -> None:
+        """Wait until all ranks of this host are here, and see what they wrote into shared arrays."""
+        if self.node is not None:
+            for window in self._windows:
+                window.Fence()
+            self.node.Barrier()
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.comm is not None:
+            self.comm.Barrier()
+
+    def all_arrive(self, seconds: float) -> bool:
+        """Return whether all ranks come to this call within ``seconds``. For the end of the program only."""
+        if self._farewell is None:
+            return True
+        request, deadline = self._farewell.Ibarrier(), time.monotonic() + seconds
+        while not request.Test():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(IDLE_S)
+        return True
+
+    def default_threads(self) -> int:
+        """Return how many threads each rank of this host may use so that together they fill its cores."""
+        return max(1, self.cores_on_node // self.local_size) if self.local_size > 1 else self.cores
+
+    def abort(self, code: int) -> NoReturn:
+        """End all ranks at once."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.comm is not None and self.size > 1:
+            self.comm.Abort(code)
+        os._exit(code)
+
+
+def _affinity() -> frozenset[int]:
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+# -- start and end -------------------------------------------------------------------------------------------------------
+
+
+def start() -> Ranks:
+    """Return the ranks that the launcher started; a single one where there was no launcher or no mpi4py.
+
+    Raises UserError where a launcher started several processes that do not find each other.
+    """
+    told = {name: int(os.environ[name]) for name in LAUNCHER_SIZES if os.environ.get(name, "").isdigit()}
+    expected = max(told.values(), default=1)
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        if expected > 1:
+            raise UserError(
+                f"the launcher started {expected} processes, but mpi4py cannot be used ({error}): "
+                "pip install 'cnnmpi[mpich]', or start one process without mpirun"
+            ) from None
+        return Ranks()
+    if MPI.COMM_WORLD.Get_size() == 1:
+        if expected > 1:
+            names = ", ".join(f"{name}={value}" for name, value in told.items())
+            raise UserError(
+                f"the launcher started {expected} processes ({names}), but each is alone in its MPI world, "
+                f"of {MPI.Get_library_version().split(chr(10))[0].strip()}: use the mpirun of the MPI that mpi4py uses"
+            )
+        return Ranks()
+    ranks = Ranks(MPI.COMM_WORLD, MPI)
+    _install_hooks(ranks)
+    return ranks
+
+
+def _install_hooks(ranks: Ranks) -> None:
+    """Let an exception that nobody catches, on any thread, end all ranks: else the others wait for this one for ever."""
+
+    def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        _explain(ranks, error)
+        ranks.abort(exit_code(error))
+
+    sys.excepthook = on_exception
+    threading.excepthook = lambda args: on_exception(args.exc_type, args.exc_value or SystemExit(1), None)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code that an exception stands for: 2 for the user's errors, 130 for Ctrl-C, else 1."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, RemoteError):
+        return error.code
+    return {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+
+
+def _explain(ranks: Ranks, error: BaseException) -> None:
+    who = f"rank {ranks.rank} of {ranks.size} on {socket.gethostname()}" if ranks.size > 1 else "cnnmpi"
+    if isinstance(error, UserError):
+        print(f"cnnmpi: error: {error}", file=sys.stderr)
+    elif isinstance(error, SystemExit | RemoteError):
+        print(f"{who}: ended by {error!r}", file=sys.stderr)
+    else:
+        print(f"{who}:\n{''.join(traceback.format_exception(error))}", end="", file=sys.stderr)
+    sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def failing_together(ranks: Ranks) -> Iterator[None]:
+    """Run the body of a program so that its failure on one rank ends all ranks within seconds, explained once.
+
+    An error of the user's that all ranks meet ends in an orderly way. Any other exception, an error that the other
+    ranks do not share, and sys.exit with a code other than 0, abort the job.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = exit_code(error)
+        if isinstance(error, SystemExit) and (code == 0 or ranks.size == 1):
+            raise
+        shared = isinstance(error, UserError | RemoteError) and ranks.all_arrive(ARRIVE_S)
+        if not isinstance(error, RemoteError) and (ranks.rank == 0 or not shared):
+            _explain(ranks, error)
+        if shared or ranks.size == 1:
+            sys.exit(code)
+        ranks.abort(code)
+
+
+# -- the gradient reduction ----------------------------------------------------------------------------------------------
+
+
+class Reducer:
+    """Sums arrays over shards and ranks as float32: fast, but the last bits depend on the number of ranks.
+
+    A rank calls ``add`` for each of its shards, if it has any, then ``reduce`` with all others. Values that are not
+    finite, or too large for the sum, raise UserError on every rank alike.
+
+    Args:
+        ranks: who takes part.
+        shards: how many shards there are on all ranks together.
+        sizes: of the 1-D arrays of a shard.
+        names: (name, size) of the consecutive pieces of the first array, to say where a value is bad.
+    """
+
+    dtype: Any = np.float32
+    limit = float(np.finfo(np.float32).max) / 2
+
+    def __init__(self, ranks: Ranks, shards: int, sizes: Sequence[int], names: Sequence[tuple[str, int]] = ()) -> None:
+        self.ranks, self.shards, self.sizes, self.names = ranks, shards, list(sizes), list(names)
+        # one message: the arrays one after another, then a flag for each shard, 0 where all is well
+        self._message = np.zeros(sum(sizes) + shards, self.dtype)
+        self._total, self._flags = self._message[: sum(sizes)], self._message[sum(sizes) :]
+
+    def add(self, shard: int, *arrays: Array | None) -> None:
+        """Add the arrays of one shard; they are left alone. None adds nothing."""
+        start = 0
+        for index, (array, size) in enumerate(zip(arrays, self.sizes, strict=True)):
+            total = self._total[start : start + size]
+            if array is not None and not self._accumulate(array, total) and not self._flags[shard]:
+                self._flags[shard] = self._blame(array) if index == 0 else len(self.names) + 1
+            start += size
+
+    def reduce(self, step: int = 0) -> list[Array]:
+        """Return the sums over all shards of all ranks as float64 arrays, and start anew at zero.
+
+        Raises UserError naming the step, the shard and the first bad piece where a value was not finite or beyond
+        ``limit``.
+        """
+        self.ranks.sum(self._message)
+        for shard in np.flatnonzero(self._flags):
+            blamed = int(self._flags[shard]) - 1
+            where = f"the gradient of {self.names[blamed][0]}" if blamed < len(self.names) else "the loss"
+            raise UserError(
+                f"step {step}, shard {shard}: {where} is not finite or beyond {self.limit:.3g}; the weights were left "
+                "as they were before this step: try a smaller --lr, or --clip 1"
+            )
+        total = self._decode(self._total)
+        self._message[...] = 0
+        return np.split(total, np.cumsum(self.sizes)[:-1])
+
+    def _blame(self, gradient: Array) -> int:
+        """Return 1 + the index of the named piece that holds the first bad value."""
+        start = 0
+        for index, (_, size) in enumerate(self.names):
+            if not np.all(np.abs(gradient[start : start + size]) <= self.limit):
+                return index + 1
+            start += size
+        return len(self.names) + 1
+
+    def _accumulate(self, array: Array, total: Array) -> bool:
+        """Add ``array`` to ``total``; return whether all its values were in range."""
+        total += array
+        return bool(np.all(np.abs(array) <= self.limit))
+
+    def _decode(self, total: Array) -> Array:
+        return total.astype(np.float64)
+
+
+class ExactReducer(Reducer):
+    """Sums in 64-bit fixed point with 40 fractional bits: the same bits for any number of ranks and any order.
+
+    Integer sums do not depend on their order, floating-point sums do. Each value is rounded once to a multiple of
+    2**-40 (9e-13; a float32 gradient above 1.5e-5 loses nothing), then all arithmetic is exact. Values may reach
+    2**22 / shards, about 500,000 with 8 shards.
+    """
+
+    dtype = np.int64
+    ONE = 2.0**40
+    CHUNK = 1 << 15  # values converted at a time, so that they stay in the cache
+
+    def __init__(self, ranks: Ranks, shards: int, sizes: Sequence[int], names: Sequence[tuple[str, int]] = ()) -> None:
+        super().__init__(ranks, shards, sizes, names)
+        self.limit = 2.0**62 / self.ONE / shards
+        self._scaled = np.empty(self.CHUNK)
+        self._whole = np.empty(self.CHUNK, np.int64)
+
+    def _accumulate(self, array: Array, total: Array) -> bool:
+        for start in range(0, array.size, self.CHUNK):
+            part = array[start : start + self.CHUNK]
+            scaled, whole = self._scaled[: part.size], self._whole[: part.size]
+            np.multiply(part, self.ONE, out=scaled, dtype=np.float64)
+            np.rint(scaled, out=scaled)
+            largest = max(scaled.max(), -scaled.min())
+            if not largest <= self.limit * self.ONE:  # also where it is NaN
+                return False
+            np.copyto(whole, scaled, casting="unsafe")
+            total[start : start + self.CHUNK] += whole
+        return True
+
+    def _decode(self, total: Array) -> Array:
+        return total / self.ONE

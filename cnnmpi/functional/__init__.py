@@ -1,0 +1,65 @@
+"""NumPy mathematics, in pairs: ``y, cache = op(x, W, b, option=)`` and ``dx, dW, db = op_backward(dy, cache)``.
+
+Pure functions, no state: positional arguments are differentiated, keyword arguments are not. Images are (N, C, H, W)
+to the caller and channels-last, (N, H, W, C), in memory. ``cnnmpi.functional_torch`` has the same names on tensors.
+"""
+
+from cnnmpi.functional.activation import (
+    cross_entropy_loss,
+    dropout,
+    dropout_backward,
+    flatten,
+    flatten_backward,
+    relu,
+    relu_backward,
+    softmax,
+    softmax_backward,
+)
+from cnnmpi.functional.arrays import as_array, channels_last_view, copy_into, to_numpy
+from cnnmpi.functional.blocks import set_threads
+from cnnmpi.functional.conv import col2im, conv2d, conv2d_backward, im2col, linear, linear_backward
+from cnnmpi.functional.init import kaiming_normal, kaiming_uniform, xavier_normal, xavier_uniform
+from cnnmpi.functional.norm import batch_norm, batch_norm_backward
+from cnnmpi.functional.pool import (
+    avg_pool2d,
+    avg_pool2d_backward,
+    global_avg_pool2d,
+    global_avg_pool2d_backward,
+    max_pool2d,
+    max_pool2d_backward,
+)
+
+__all__ = [
+    "as_array",
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "batch_norm",
+    "batch_norm_backward",
+    "channels_last_view",
+    "col2im",
+    "conv2d",
+    "conv2d_backward",
+    "copy_into",
+    "cross_entropy_loss",
+    "dropout",
+    "dropout_backward",
+    "flatten",
+    "flatten_backward",
+    "global_avg_pool2d",
+    "global_avg_pool2d_backward",
+    "im2col",
+    "kaiming_normal",
+    "kaiming_uniform",
+    "linear",
+    "linear_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "relu",
+    "relu_backward",
+    "set_threads",
+    "softmax",
+    "softmax_backward",
+    "to_numpy",
+    "xavier_normal",
+    "xavier_uniform",
+]

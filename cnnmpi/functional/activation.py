@@ -1,0 +1,99 @@
+"""ReLU, dropout, softmax, flattening and the cross-entropy loss, forward and backward."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc
+
+
+def relu(x: Array) -> tuple[Array, Any]:
+    """Return max(x, 0), element by element."""
+    x = nchw(nhwc(x)) if x.ndim == 4 else x
+    y = np.empty_like(x)
+    for_each_block(lambda block: np.maximum(x[block], 0, out=y[block]), len(x), x[:1].nbytes)
+    return y, y
+
+
+def relu_backward(dy: Array, cache: Any) -> Array:
+    """Return dy where the output was positive, else 0 (also at the kink, as torch does)."""
+    y: Array = cache
+    dx = np.empty_like(y)
+    for_each_block(lambda block: np.multiply(dy[block], y[block] > 0, out=dx[block]), len(y), y[:1].nbytes)
+    return dx
+
+
+def dropout(x: Array, keep: Array, *, p: float) -> tuple[Array, Any]:
+    """Return x where ``keep`` is true, scaled by 1 / (1 - p) so that its expectation stays, and 0 elsewhere.
+
+    (Srivastava et al., "Dropout", 2014.) ``keep`` is bool, of the shape of ``x``.
+    """
+    mask = keep * x.dtype.type(1 / (1 - p) if p < 1 else 0)
+    return x * mask, mask
+
+
+def dropout_backward(dy: Array, cache: Any) -> Array:
+    """Return dy, masked and scaled as the forward pass was."""
+    dx: Array = dy * cache
+    return dx
+
+
+def flatten(x: Array) -> tuple[Array, Any]:
+    """Return (N, ...) as (N, features); features in the order (C, H, W), as torch.nn.Flatten gives them."""
+    return x.reshape(len(x), -1), x.shape
+
+
+def flatten_backward(dy: Array, cache: Any) -> Array:
+    """Return dy in the shape that went in."""
+    dx = dy.reshape(cache)
+    return nchw(nhwc(dx)) if dx.ndim == 4 else dx
+
+
+def softmax(x: Array) -> Array:
+    """Return exp(x) / sum exp(x) along the last axis; each row is shifted by its own maximum, so none overflows."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    probabilities: Array = e / e.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def softmax_backward(dy: Array, y: Array) -> Array:
+    """Return dx = y (dy - sum dy y) for y = softmax(x)."""
+    dx: Array = y * (dy - (dy * y).sum(axis=-1, keepdims=True))
+    return dx
+
+
+def cross_entropy_loss(
+    logits: Array, targets: Array, *, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> tuple[float, Array]:
+    """Return the cross-entropy of ``logits`` (N, K) against the classes ``targets`` (N,) and its gradient (N, K).
+
+    loss = logsumexp(z) - sum_k q_k z_k for each sample, with q = 1 - e + e / K at the target and e / K elsewhere, for
+    e = ``label_smoothing`` (Szegedy et al., "Rethinking the Inception architecture", 2016); dlogits = softmax(z) - q.
+    ``reduction`` is "mean" over the samples or "sum". Raises ValueError for shapes or classes that do not fit.
+    """
+    targets = np.asarray(targets)
+    if logits.ndim != 2 or targets.shape != logits.shape[:1] or targets.dtype.kind not in "iu":
+        raise ValueError(
+            f"cross_entropy_loss: expected logits (N, K) and integer targets (N,), "
+            f"got {logits.shape} and {targets.dtype} {targets.shape}"
+        )
+    N, K = logits.shape
+    if N == 0:
+        raise ValueError("cross_entropy_loss: an empty batch has no loss")
+    if targets.min() < 0 or targets.max() >= K:
+        raise ValueError(f"cross_entropy_loss: targets must lie in 0..{K - 1}, got {targets.min()}..{targets.max()}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"cross_entropy_loss: reduction must be 'mean' or 'sum', got {reduction!r}")
+    q = np.full((N, K), label_smoothing / K, logits.dtype)
+    q[np.arange(N), targets] += 1 - label_smoothing
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    e = np.exp(shifted)
+    total = e.sum(axis=1, keepdims=True)
+    losses = np.log(total[:, 0]) - (q * shifted).sum(axis=1)
+    dlogits = e / total - q
+    loss = math.fsum(losses.tolist())
+    if reduction == "mean":
+        loss /= N
+        dlogits /= N
+    return loss, dlogits

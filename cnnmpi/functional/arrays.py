@@ -1,0 +1,35 @@
+"""What arrays need besides mathematics. Both engines have these, so that layers and models need no ``if``."""
+
+from typing import Any
+
+import numpy as np
+
+from cnnmpi.functional.blocks import Array, nchw
+
+
+def as_array(a: Array, like: Any) -> Array:
+    """Return the NumPy array ``a`` as an array of this engine, on the device of ``like``; its dtype is kept."""
+    return np.asarray(a)
+
+
+def to_numpy(a: Array) -> Array:
+    """Return this engine's array ``a`` as a NumPy array; here, ``a`` itself."""
+    return a
+
+
+def copy_into(target: Array, source: Array) -> None:
+    """Copy the NumPy array ``source`` into this engine's array ``target``, converted to the target's dtype."""
+    target[...] = source
+
+
+def channels_last_view(flat: Array, shape: tuple[int, ...]) -> Array:
+    """View the 1-D ``flat`` as ``shape``; a 4-D shape (O, C, kH, kW) lies in memory as (O, kH, kW, C).
+
+    Raises ValueError for an array that is not 1-D or not of this size.
+    """
+    if flat.ndim != 1:
+        raise ValueError(f"channels_last_view: expected a 1-D array, got shape {flat.shape}")
+    if len(shape) != 4:
+        return flat.reshape(shape)  # splitting the only axis never copies
+    O, C, kH, kW = shape
+    return nchw(flat.reshape(O, kH, kW, C))

@@ -1,0 +1,63 @@
+"""Blocks of images: every op works through its batch in pieces that stay in a core's cache, on one or more threads.
+
+The pieces depend on shapes only, never on the number of threads, and what they return is combined in the order of
+the pieces. So the bits of a result do not depend on ``set_threads``.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import threadpoolctl
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Result = TypeVar("Result")
+
+BLOCK_BYTES = 3 << 19  # 1.5 MiB of im2col columns: measured best of 0.3 to 10 MiB on a core with 512 KiB of L2
+_pool: ThreadPoolExecutor | None = None
+
+
+def set_threads(count: int) -> None:
+    """Let all ops of this process share ``count`` threads; BLAS runs single-threaded inside each of them."""
+    global _pool
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+    if _pool is not None:
+        _pool.shutdown()
+    _pool = ThreadPoolExecutor(count, thread_name_prefix="cnnmpi") if count > 1 else None
+
+
+def for_each_block(body: Callable[[slice], Result], count: int, bytes_each: float) -> list[Result]:
+    """Call ``body`` with slices that cut ``range(count)`` into pieces of about BLOCK_BYTES; results in their order."""
+    size = max(1, int(BLOCK_BYTES // max(bytes_each, 1)))
+    pieces = math.ceil(count / size)
+    size = math.ceil(count / max(pieces, 1)) if count else size  # equal pieces rather than a small last one
+    blocks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    if _pool is None or len(blocks) == 1:
+        return [body(block) for block in blocks]
+    return list(_pool.map(body, blocks))
+
+
+def nhwc(x: Array) -> Array:
+    """View (N, C, H, W) as a contiguous (N, H, W, C) array; copies only what is not channels-last in memory yet."""
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+
+
+def nchw(x: Array) -> Array:
+    """View (N, H, W, C) as (N, C, H, W), the shape that callers see."""
+    return x.transpose(0, 3, 1, 2)
+
+
+def column_sums(rows: Array) -> Array:
+    """Sum (M, C) over its rows, as a matrix product: several times as fast as ``rows.sum(axis=0)`` for small C."""
+    total: Array = np.ones(len(rows), rows.dtype) @ rows
+    return total
+
+
+def sum_in_order(parts: list[Any]) -> Array:
+    """Add up partial results first to last, so that the bits of the sum do not depend on who computed them."""
+    total: Array = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

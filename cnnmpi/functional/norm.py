@@ -1,0 +1,123 @@
+"""Batch normalisation, forward and backward (Ioffe and Szegedy, "Batch Normalization", 2015)."""
+
+from typing import Any
+
+import numpy as np
+
+from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_in_order
+
+
+def _rows(x: Array) -> Array:
+    """View (N, C) or (N, C, H, W) as (M, C), one row for each sample that a channel has."""
+    return np.ascontiguousarray(x) if x.ndim == 2 else nhwc(x).reshape(-1, x.shape[1])
+
+
+def _like(rows: Array, x: Array) -> Array:
+    """Undo _rows."""
+    if x.ndim == 2:
+        return rows
+    N, C, H, W = x.shape
+    return nchw(rows.reshape(N, H, W, C))
+
+
+def batch_statistics(rows: Array) -> tuple[Array, Array]:
+    """Return the mean and the biased variance of each column of (M, C), both float64 (C,).
+
+    Each block is centred on its own mean while it is in the cache, then the blocks' sums of squares are joined by
+    the parallel formula of Chan, Golub and LeVeque (1979): one pass over memory, no cancellation.
+    """
+    count, channels = rows.shape
+
+    def centre(block: slice) -> Array:
+        part = rows[block]
+        size = len(part)
+        rough = column_sums(part) / part.dtype.type(size)
+        centred = part - rough
+        rest = column_sums(centred).astype(np.float64) / size  # what float32 lost in the mean
+        np.multiply(centred, centred, out=centred)
+        mean = rough + rest
+        return np.stack([mean * size, mean * mean * size, column_sums(centred) - rest * rest * size])
+
+    sums, mean_squares, squares = sum_in_order(for_each_block(centre, count, rows.itemsize * channels))
+    mean = sums / count
+    return mean, squares / count + np.maximum(mean_squares / count - mean * mean, 0)
+
+
+def batch_norm(
+    x: Array,
+    gamma: Array,
+    beta: Array,
+    *,
+    running_mean: Array,
+    running_var: Array,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Array, Any]:
+    """Return y = gamma (x - mean) / sqrt(var + eps) + beta for each channel of (N, C) or (N, C, H, W).
+
+    In training, mean and (biased) variance are the batch's, and the running ones move in place towards them (the
+    variance as unbiased estimate) by the share ``momentum``; otherwise the running ones are used. ``gamma``, ``beta``
+    and the running statistics are (C,). Raises ValueError in training where a channel has one value only.
+    """
+    rows = _rows(x)
+    count = len(rows)
+    if training:
+        if count < 2:
+            raise ValueError(f"batch normalisation in training needs more than one value per channel, got {x.shape}")
+        mean, var = batch_statistics(rows)
+        running_mean += (momentum * (mean - running_mean)).astype(x.dtype)
+        running_var += (momentum * (var * (count / (count - 1)) - running_var)).astype(x.dtype)
+    else:
+        mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
+    inv_std = 1 / np.sqrt(var + eps)
+    centre = mean.astype(x.dtype)
+    scale = (gamma * inv_std).astype(x.dtype)
+    y = np.empty_like(rows)
+
+    def normalise(block: slice) -> None:
+        part = y[block]
+        np.subtract(rows[block], centre, out=part)
+        part *= scale
+        part += beta
+
+    for_each_block(normalise, count, rows.itemsize * rows.shape[1])
+    return _like(y, x), (x, centre, inv_std, gamma, training)
+
+
+def batch_norm_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array]:
+    """Return (dx, dgamma, dbeta).
+
+    With xhat = (x - mean) / std over M samples per channel: dbeta = sum dy, dgamma = sum dy xhat, and in training
+    dx = gamma / std * (dy - dbeta / M - xhat dgamma / M); with fixed statistics dx = gamma / std * dy.
+    """
+    x, centre, inv_std, gamma, training = cache
+    rows, drows = _rows(x), _rows(dy)
+    count, channels = rows.shape
+
+    def sums(block: slice) -> Array:
+        centred = rows[block] - centre
+        centred *= drows[block]
+        return np.stack([column_sums(drows[block]), column_sums(centred)]).astype(np.float64)
+
+    bytes_each = rows.itemsize * channels
+    dbeta, dgamma = sum_in_order(for_each_block(sums, count, bytes_each))
+    dgamma = dgamma * inv_std
+    scale = (gamma * inv_std).astype(x.dtype)
+    shift = (dbeta / count).astype(x.dtype)
+    slope = (inv_std * dgamma / count).astype(x.dtype)
+    dx = np.empty_like(rows)
+
+    def gradient(block: slice) -> None:
+        part = dx[block]
+        if training:
+            np.subtract(rows[block], centre, out=part)
+            part *= -slope
+            part += drows[block]
+            part -= shift
+            part *= scale
+        else:
+            np.multiply(drows[block], scale, out=part)
+
+    for_each_block(gradient, count, bytes_each)
+    return _like(dx, x), dgamma.astype(x.dtype), dbeta.astype(x.dtype)

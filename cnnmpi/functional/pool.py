@@ -1,0 +1,116 @@
+"""Pooling over windows, forward and backward. Sizes are rounded down, as torch.nn does."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc
+from cnnmpi.functional.conv import Size, out_size, pad, pair
+
+
+def _corners(padded: Array, k: Size, stride: Size) -> Iterator[Array]:
+    """Yield, for each place (i, j) in a window, the view (n, Ho, Wo, C) of what stands there in every window."""
+    (kH, kW), (sH, sW) = pair(k), pair(stride)
+    Ho, Wo = out_size(padded.shape[1], kH, sH, 0), out_size(padded.shape[2], kW, sW, 0)
+    for i in range(kH):
+        for j in range(kW):
+            yield padded[:, i : i + sH * Ho : sH, j : j + sW * Wo : sW]
+
+
+def _pooled_shape(x: Array, k: Size, stride: Size, padding: Size) -> tuple[int, int, int, int]:
+    """Return the channels-last shape (N, Ho, Wo, C) of the windows over ``x`` (N, C, H, W)."""
+    (kH, kW), (sH, sW), (pH, pW) = pair(k), pair(stride), pair(padding)
+    if 2 * pH > kH or 2 * pW > kW:
+        raise ValueError(f"a pool's padding {padding} must be at most half of its kernel size {k}")
+    N, C, H, W = x.shape
+    return N, out_size(H, kH, sH, pH), out_size(W, kW, sW, pW), C
+
+
+def _inside(padded: Array, padding: Size) -> Array:
+    """Return the view of a channels-last ``padded`` without its border."""
+    pH, pW = pair(padding)
+    return padded[:, pH : padded.shape[1] - pH, pW : padded.shape[2] - pW]
+
+
+def max_pool2d(x: Array, k: Size, *, stride: Size | None = None, padding: Size = 0) -> tuple[Array, Any]:
+    """Return the maximum of each window of ``x`` (N, C, H, W): y (N, C, Ho, Wo). ``stride`` is ``k`` unless given."""
+    stride = k if stride is None else stride
+    x = nchw(nhwc(x))
+    y = np.empty(_pooled_shape(x, k, stride, padding), x.dtype)
+
+    def pool(block: slice) -> None:
+        first, *others = _corners(pad(nhwc(x[block]), pair(padding), -np.inf), k, stride)
+        np.copyto(y[block], first)
+        for corner in others:
+            np.maximum(y[block], corner, out=y[block])
+
+    for_each_block(pool, len(x), x[0].nbytes)
+    return nchw(y), (x, nchw(y), k, stride, padding)
+
+
+def max_pool2d_backward(dy: Array, cache: Any) -> Array:
+    """Give each dy to the place of its window's maximum; to the first of several equal ones, as torch does."""
+    x, y, k, stride, padding = cache
+    N, C, H, W = x.shape
+    dx = np.empty((N, H, W, C), x.dtype)
+
+    def spread(block: slice) -> None:
+        padded = pad(nhwc(x[block]), pair(padding), -np.inf)
+        dpadded = np.zeros_like(padded)
+        peak, dpeak = nhwc(y[block]), nhwc(dy[block])
+        open_ = np.ones(peak.shape, bool)  # windows whose maximum is still to be found
+        for corner, dcorner in zip(_corners(padded, k, stride), _corners(dpadded, k, stride), strict=True):
+            hit = corner == peak
+            hit &= open_
+            open_ ^= hit
+            dcorner += dpeak * hit
+        dx[block] = _inside(dpadded, padding)
+
+    for_each_block(spread, N, x[0].nbytes)
+    return nchw(dx)
+
+
+def avg_pool2d(x: Array, k: Size, *, stride: Size | None = None, padding: Size = 0) -> tuple[Array, Any]:
+    """Return the mean of each window of ``x`` (N, C, H, W), padding counted as zeros (torch's default)."""
+    stride = k if stride is None else stride
+    kH, kW = pair(k)
+    y = np.zeros(_pooled_shape(x, k, stride, padding), x.dtype)
+
+    def pool(block: slice) -> None:
+        for corner in _corners(pad(nhwc(x[block]), pair(padding)), k, stride):
+            y[block] += corner
+        y[block] *= 1 / (kH * kW)
+
+    for_each_block(pool, len(x), x[0].nbytes)
+    return nchw(y), (x.shape, k, stride, padding)
+
+
+def avg_pool2d_backward(dy: Array, cache: Any) -> Array:
+    """Give an equal share of each dy to all places of its window."""
+    (N, C, H, W), k, stride, padding = cache
+    (kH, kW), (pH, pW) = pair(k), pair(padding)
+    dx = np.empty((N, H, W, C), dy.dtype)
+
+    def spread(block: slice) -> None:
+        share = nhwc(dy[block]) * (1 / (kH * kW))
+        dpadded = np.zeros((len(share), H + 2 * pH, W + 2 * pW, C), dy.dtype)
+        for dcorner in _corners(dpadded, k, stride):
+            dcorner += share
+        dx[block] = _inside(dpadded, padding)
+
+    for_each_block(spread, N, dx[0].nbytes)
+    return nchw(dx)
+
+
+def global_avg_pool2d(x: Array) -> tuple[Array, Any]:
+    """Return the mean over all positions: (N, C, H, W) -> (N, C)."""
+    y: Array = nhwc(x).mean(axis=(1, 2))
+    return y, x.shape
+
+
+def global_avg_pool2d_backward(dy: Array, cache: Any) -> Array:
+    """Give an equal share of dy (N, C) to all positions."""
+    H, W = cache[2:]
+    share = dy[:, None, None, :] * (1 / (H * W))
+    return nchw(np.repeat(np.repeat(share, H, axis=1), W, axis=2))

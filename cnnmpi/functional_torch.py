@@ -1,0 +1,283 @@
+"""The operations of ``cnnmpi.functional``, of the same names and signatures, on torch tensors.
+
+Forward and backward call torch's own kernels, the backward ones by hand: tensors here never require gradients, so
+autograd records nothing. Images are (N, C, H, W) in the channels_last memory format. Nothing but the loss waits for
+the device, so a step up to the logits, and from their gradient back, can be captured in a CUDA graph.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+Size = int | tuple[int, int]
+NumpyArray = np.ndarray[Any, np.dtype[Any]]
+
+
+# -- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless ``device`` is "cpu", or "cuda" or "cuda:N" and present."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not available: PyTorch finds {torch.cuda.device_count()} CUDA devices")
+
+
+def set_threads(count: int) -> None:
+    """Let all ops of this process share ``count`` threads."""
+    torch.set_num_threads(count)
+
+
+def tensor(a: NumpyArray, device: str) -> Tensor:
+    """Return ``a`` as a tensor on ``device``; on the CPU both share their memory."""
+    return torch.from_numpy(a).to(device)
+
+
+def as_array(a: NumpyArray, like: Tensor) -> Tensor:
+    """Return the NumPy array ``a`` as a tensor on the device of ``like``; its dtype is kept."""
+    if not a.flags.writeable or min(a.strides, default=0) < 0:  # torch knows neither
+        a = a.copy(order="K")
+    return torch.from_numpy(a).to(like.device)
+
+
+def to_numpy(a: Tensor) -> NumpyArray:
+    """Return a tensor as a NumPy array; from the CPU, both share their memory."""
+    array: NumpyArray = a.detach().cpu().numpy()
+    return array
+
+
+def copy_into(target: Tensor, source: NumpyArray) -> None:
+    """Copy the NumPy array ``source`` into the tensor ``target``, converted to the target's dtype."""
+    target.copy_(as_array(source, target))
+
+
+def channels_last_view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """View the 1-D ``flat`` as ``shape``; a 4-D shape (O, C, kH, kW) lies in memory as (O, kH, kW, C)."""
+    if flat.ndim != 1:
+        raise ValueError(f"channels_last_view: expected a 1-D array, got shape {tuple(flat.shape)}")
+    if len(shape) != 4:
+        return flat.view(shape)
+    O, C, kH, kW = shape
+    return flat.view(O, kH, kW, C).permute(0, 3, 1, 2)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return 4-D tensors in channels_last memory, copied only if they are not; others contiguous."""
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+
+
+# -- convolution and the linear layer --------------------------------------------------------------------------------
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _check_windows(x: Tensor, k: Size, stride: Size, padding: Size) -> None:
+    """Raise ValueError where not one window fits, or where the sizes make no sense."""
+    for size, window, step, border in zip(x.shape[2:], _pair(k), _pair(stride), _pair(padding), strict=True):
+        if window < 1 or step < 1 or border < 0:
+            raise ValueError(f"kernel size {window} and stride {step} must be at least 1, padding {border} at least 0")
+        if size + 2 * border < window:
+            raise ValueError(
+                f"a kernel of size {window} does not fit into an input of size {size} with padding {border}"
+            )
+
+
+def conv2d(x: Tensor, W: Tensor, b: Tensor | None = None, *, stride: Size = 1, padding: Size = 0) -> tuple[Tensor, Any]:
+    """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo)."""
+    _check_windows(x, (W.shape[2], W.shape[3]), stride, padding)
+    x, W = _channels_last(x), _channels_last(W)
+    y = _channels_last(torch.conv2d(x, W, b, _pair(stride), _pair(padding)))
+    return y, (x, W, b is not None, _pair(stride), _pair(padding))
+
+
+def conv2d_backward(dy: Tensor, cache: Any, *, input_grad: bool = True) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo); dx is None unless ``input_grad``, db None without a bias."""
+    x, W, has_bias, stride, padding = cache
+    wanted = (input_grad, True, has_bias)
+    dx, dW, db = aten.convolution_backward(
+        _channels_last(dy), x, W, [len(W)], stride, padding, (1, 1), False, (0, 0), 1, wanted
+    )
+    return dx, dW, db
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> tuple[Tensor, Any]:
+    """Return y = x W' + b for ``x`` (N, in), ``W`` (out, in), ``b`` (out,)."""
+    return torch.nn.functional.linear(x, W, b), (x, W, b is not None)
+
+
+def linear_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (dx, dW, db) = (dy W, dy' x, sum of dy over the batch)."""
+    x, W, has_bias = cache
+    return dy @ W, dy.T @ x, dy.sum(0) if has_bias else None
+
+
+# -- activations and the loss ----------------------------------------------------------------------------------------
+
+
+def relu(x: Tensor) -> tuple[Tensor, Any]:
+    """Return max(x, 0), element by element."""
+    y = torch.relu(_channels_last(x))
+    return y, y
+
+
+def relu_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dy where the output was positive, else 0."""
+    dx: Tensor = aten.threshold_backward(_channels_last(dy), cache, 0)
+    return dx
+
+
+def dropout(x: Tensor, keep: Tensor, *, p: float) -> tuple[Tensor, Any]:
+    """Return x where ``keep`` (bool, of its shape) is true, scaled by 1 / (1 - p), and 0 elsewhere."""
+    mask = keep.to(x.dtype) * (1 / (1 - p) if p < 1 else 0)
+    return x * mask, mask
+
+
+def dropout_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dy, masked and scaled as the forward pass was."""
+    dx: Tensor = dy * cache
+    return dx
+
+
+def flatten(x: Tensor) -> tuple[Tensor, Any]:
+    """Return (N, ...) as (N, features); features in the order (C, H, W)."""
+    return x.flatten(1), x.shape
+
+
+def flatten_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dy in the shape that went in."""
+    return _channels_last(dy.reshape(cache))
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Return exp(x) / sum exp(x) along the last axis."""
+    return torch.softmax(x, -1)
+
+
+def softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
+    """Return dx = y (dy - sum dy y) for y = softmax(x)."""
+    dx: Tensor = aten._softmax_backward_data(dy, y, -1, y.dtype)
+    return dx
+
+
+def cross_entropy_loss(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> tuple[float, Tensor]:
+    """Return the cross-entropy of ``logits`` (N, K) against the classes ``targets`` (N,) and its gradient (N, K).
+
+    Options and errors are those of ``cnnmpi.functional.cross_entropy_loss``. Waits for the device.
+    """
+    whole = not targets.is_floating_point() and targets.dtype != torch.bool
+    if logits.ndim != 2 or targets.shape != logits.shape[:1] or not whole:
+        raise ValueError(
+            f"cross_entropy_loss: expected logits (N, K) and integer targets (N,), "
+            f"got {tuple(logits.shape)} and {str(targets.dtype).removeprefix('torch.')} {tuple(targets.shape)}"
+        )
+    N, K = logits.shape
+    if N == 0:
+        raise ValueError("cross_entropy_loss: an empty batch has no loss")
+    lowest, highest = int(targets.min()), int(targets.max())
+    if lowest < 0 or highest >= K:
+        raise ValueError(f"cross_entropy_loss: targets must lie in 0..{K - 1}, got {lowest}..{highest}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"cross_entropy_loss: reduction must be 'mean' or 'sum', got {reduction!r}")
+    q = torch.full_like(logits, label_smoothing / K)
+    q.scatter_(1, targets.long()[:, None], 1 - label_smoothing + label_smoothing / K)
+    log_p = torch.log_softmax(logits, 1)
+    loss = -(q * log_p).sum(1).sum(dtype=torch.float64)
+    dlogits = log_p.exp() - q
+    if reduction == "mean":
+        loss /= N
+        dlogits /= N
+    return loss.item(), dlogits
+
+
+# -- batch normalisation ---------------------------------------------------------------------------------------------
+
+
+def batch_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Any]:
+    """Return y = gamma (x - mean) / sqrt(var + eps) + beta for each channel of (N, C) or (N, C, H, W).
+
+    Options, running statistics and errors are those of ``cnnmpi.functional.batch_norm``.
+    """
+    if training and x[:, 0].numel() < 2:
+        shape = tuple(x.shape)
+        raise ValueError(f"batch normalisation in training needs more than one value per channel, got {shape}")
+    x = _channels_last(x)
+    y, mean, inv_std = aten.native_batch_norm(x, gamma, beta, running_mean, running_var, training, momentum, eps)
+    return y, (x, gamma, running_mean, running_var, mean, inv_std, training, eps)
+
+
+def batch_norm_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dx, dgamma, dbeta)."""
+    dx, dgamma, dbeta = aten.native_batch_norm_backward(_channels_last(dy), *cache, (True, True, True))
+    return dx, dgamma, dbeta
+
+
+# -- pooling ---------------------------------------------------------------------------------------------------------
+
+
+def _pool_options(x: Tensor, k: Size, stride: Size | None, padding: Size) -> tuple[tuple[int, int], ...]:
+    """Return kernel size, stride and padding as pairs. Raises ValueError for what does not fit."""
+    stride = k if stride is None else stride
+    (kH, kW), (pH, pW) = _pair(k), _pair(padding)
+    if 2 * pH > kH or 2 * pW > kW:
+        raise ValueError(f"a pool's padding {padding} must be at most half of its kernel size {k}")
+    _check_windows(x, k, stride, padding)
+    return (kH, kW), _pair(stride), (pH, pW)
+
+
+def max_pool2d(x: Tensor, k: Size, *, stride: Size | None = None, padding: Size = 0) -> tuple[Tensor, Any]:
+    """Return the maximum of each window of ``x`` (N, C, H, W): y (N, C, Ho, Wo). ``stride`` is ``k`` unless given."""
+    options = _pool_options(x, k, stride, padding)
+    x = _channels_last(x)
+    y, where = aten.max_pool2d_with_indices(x, *options)
+    return y, (x, options, where)
+
+
+def max_pool2d_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Give each dy to the place of its window's maximum; to the first of several equal ones."""
+    x, options, where = cache
+    dx: Tensor = aten.max_pool2d_with_indices_backward(_channels_last(dy), x, *options, (1, 1), False, where)
+    return dx
+
+
+def avg_pool2d(x: Tensor, k: Size, *, stride: Size | None = None, padding: Size = 0) -> tuple[Tensor, Any]:
+    """Return the mean of each window of ``x`` (N, C, H, W), padding counted as zeros."""
+    options = _pool_options(x, k, stride, padding)
+    x = _channels_last(x)
+    return aten.avg_pool2d(x, *options), (x, options)
+
+
+def avg_pool2d_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Give an equal share of each dy to all places of its window."""
+    x, options = cache
+    dx: Tensor = aten.avg_pool2d_backward(_channels_last(dy), x, *options, False, True, None)
+    return dx
+
+
+def global_avg_pool2d(x: Tensor) -> tuple[Tensor, Any]:
+    """Return the mean over all positions: (N, C, H, W) -> (N, C)."""
+    return _channels_last(x).mean((2, 3)), x.shape
+
+
+def global_avg_pool2d_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Give an equal share of dy (N, C) to all positions."""
+    N, C, H, W = cache
+    return _channels_last((dy / (H * W))[:, :, None, None].expand(N, C, H, W))

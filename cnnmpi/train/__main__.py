@@ -1,0 +1,32 @@
+"""The command line of training.
+
+python -m cnnmpi.train                                    # one process
+mpirun -n 4 python -m cnnmpi.train --model smallresnet    # four ranks: the same result
+mpirun -n 2 python -m cnnmpi.train --resume               # goes on, on any number of ranks
+"""
+
+import sys
+from collections.abc import Sequence
+
+from cnnmpi.distributed import UserError, failing_together, start
+from cnnmpi.train.config import parse
+from cnnmpi.train.trainer import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as ``argv`` says (the command line's if None). Returns the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        ranks = start()
+    except UserError as error:
+        print(f"cnnmpi: error: {error}", file=sys.stderr)
+        return 2
+    with failing_together(ranks):
+        ranks.agree("their command lines", args)
+        config, named = ranks.on_rank0(lambda: parse(args))
+        return Trainer(config, ranks, named).run()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,666 @@
+"""The operations: against torch's autograd, against finite differences, and against each other.
+
+Torch computes the expected values in float64, so that a difference is our own rounding and not torch's.
+"""
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cnnmpi import functional
+from cnnmpi.functional import blocks
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
+sweep = settings(max_examples=40, deadline=None, derandomize=True)  # derandomized: all MPI ranks draw the same examples
+
+# Errors are measured relative to the largest expected value where that exceeds 1, since rounding grows with the size
+# of a sum. A sum of the few hundred terms that occur here is off by some 10 units in the last place: 1e-6 in float32.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    functional.set_threads(1)
+    yield
+    functional.set_threads(1)
+
+
+def engines() -> list[ModuleType]:
+    if importlib.util.find_spec("torch") is None:
+        return [functional]
+    from cnnmpi import functional_torch
+
+    return [functional, functional_torch]
+
+
+def random(*shape: int, seed: int = 0, dtype: str = "float64") -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).uniform(-1, 1, shape).astype(dtype)
+
+
+def in_memory(a: np.ndarray, channels_last: bool) -> np.ndarray:
+    """A read-only copy of ``a``, channels-last in memory or C-contiguous."""
+    if channels_last and a.ndim == 4:
+        copy = a.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)
+    else:
+        copy = a.copy(order="C")
+    copy.flags.writeable = False
+    return copy
+
+
+def convert(F: ModuleType, a: Any) -> Any:
+    """An array for the engine ``F`` with memory of its own; None and numbers as they are."""
+    if not isinstance(a, np.ndarray):
+        return a
+    return a if F is functional else F.tensor(a.copy(order="K"), "cpu")
+
+
+def run(
+    F: ModuleType,
+    name: str,
+    arrays: list[np.ndarray | None],
+    *args: Any,
+    channels_last: bool = True,
+    dout_channels_last: bool = True,
+    **options: Any,
+) -> list[np.ndarray]:
+    """Return y, the gradients of ``arrays`` for a random dy, and the options that are arrays, after they changed.
+
+    Asserts that neither the inputs nor dy were written to.
+    """
+    originals = [None if a is None else in_memory(a, channels_last) for a in arrays]
+    inputs = [convert(F, a) for a in originals]
+    options = {key: convert(F, v.copy() if isinstance(v, np.ndarray) else v) for key, v in options.items()}
+    result = getattr(F, name)(*inputs, *(convert(F, a) for a in args), **options)
+    y, cache = result if isinstance(result, tuple) else (result, result)  # softmax keeps its output only
+    original_dy = in_memory(random(*y.shape, seed=99, dtype=F.to_numpy(y).dtype.name), dout_channels_last)
+    dy = convert(F, original_dy)
+    y_before = F.to_numpy(y).copy()
+    grads = getattr(F, f"{name}_backward")(dy, cache)
+    grads = grads if isinstance(grads, tuple) else (grads,)
+
+    assert np.array_equal(F.to_numpy(y), y_before), f"{name}_backward wrote into the output"
+    for given_, original in zip([*inputs, dy], [*originals, original_dy], strict=True):
+        assert original is None or np.array_equal(F.to_numpy(given_), original), f"{name} wrote into its input"
+    changed = [F.to_numpy(v) for v in options.values() if not isinstance(v, int | float | tuple | None)]
+    return [F.to_numpy(a) for a in (y, *grads) if a is not None] + changed
+
+
+def autograd(twin: Callable[..., Any], arrays: list[np.ndarray | None]) -> list[np.ndarray]:
+    """Return y and the gradients of ``arrays`` for the dy of ``run``, by torch's autograd in float64."""
+    import torch
+
+    tensors = [None if a is None else torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in arrays]
+    y = twin(*tensors)
+    dtype = next(a.dtype.name for a in arrays if a is not None)
+    y.backward(torch.from_numpy(random(*y.shape, seed=99, dtype=dtype)).double())
+    return [y.detach().numpy(), *(t.grad.numpy() for t in tensors if t is not None)]
+
+
+def assert_close(got: list[np.ndarray], expected: list[np.ndarray], dtype: str) -> None:
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == dtype
+        assert ours.shape == theirs.shape
+        atol = TOLERANCE[dtype] * max(1, abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+
+
+def check(
+    draw: st.DrawFn, name: str, twin: Callable[..., Any], arrays: list[np.ndarray | None], *args: Any, **options: Any
+) -> None:
+    """Compare both engines with ``twin``, in a drawn memory layout and with blocks of a drawn size."""
+    dtype = next(a.dtype.name for a in arrays if a is not None)
+    layouts = {"channels_last": draw(st.booleans()), "dout_channels_last": draw(st.booleans())}
+    expected = autograd(twin, arrays)
+    with mock.patch.object(blocks, "BLOCK_BYTES", draw(st.sampled_from([1, 3000, blocks.BLOCK_BYTES]))):
+        for F in engines():
+            got = run(F, name, arrays, *args, **layouts, **options)
+            assert_close(got[: len(expected)], expected, dtype)
+
+
+@st.composite
+def windows(draw: st.DrawFn, *, pool: bool) -> dict[str, Any]:
+    """Draw a batch x (N, C, H, W) and a window that fits: kernel k, stride and padding, equal or not along H and W."""
+    k, stride, padding, size = [], [], [], []
+    for _ in "HW":
+        k.append(draw(st.integers(1, 5)))
+        stride.append(draw(st.integers(1, 4)))
+        padding.append(draw(st.integers(0, k[-1] // 2 if pool else 3)))
+        size.append(draw(st.integers(max(1, k[-1] - 2 * padding[-1]), 9)))
+    shape = draw(st.integers(1, 4)), draw(st.integers(1, 5)), *size
+    x = random(*shape, seed=draw(st.integers(0, 1000)), dtype=draw(st.sampled_from(["float32", "float64"])))
+    one_or_two = [a[0] if a[0] == a[1] else tuple(a) for a in (k, stride, padding)]
+    return {"x": x, "k": one_or_two[0], "stride": one_or_two[1], "padding": one_or_two[2], "kHkW": tuple(k)}
+
+
+# -- against torch's autograd ----------------------------------------------------------------------------------------
+
+
+@needs_torch
+@sweep
+@given(windows(pool=False), st.integers(1, 4), st.booleans(), st.data())
+def test_conv2d_matches_autograd(window: dict[str, Any], O: int, bias: bool, data: st.DataObject) -> None:
+    import torch
+
+    x, how = window["x"], {"stride": window["stride"], "padding": window["padding"]}
+    W = random(O, x.shape[1], *window["kHkW"], seed=1, dtype=x.dtype.name)
+    b = random(O, seed=2, dtype=x.dtype.name) if bias else None
+    check(data.draw, "conv2d", lambda x, W, b: torch.conv2d(x, W, b, **how), [x, W, b], **how)
+
+
+@needs_torch
+@sweep
+@given(windows(pool=True), st.booleans(), st.data())
+def test_max_pool2d_matches_autograd(window: dict[str, Any], ties: bool, data: st.DataObject) -> None:
+    from torch.nn.functional import max_pool2d
+
+    x, k, how = window["x"], window["k"], {"stride": window["stride"], "padding": window["padding"]}
+    if ties:
+        x = np.maximum(np.round(2 * x), 0)  # 0, 1 and 2 only, most of them 0, as after a ReLU
+    check(data.draw, "max_pool2d", lambda x: max_pool2d(x, k, **how), [x], k, **how)
+
+
+@needs_torch
+@sweep
+@given(windows(pool=True), st.data())
+def test_avg_pool2d_matches_autograd(window: dict[str, Any], data: st.DataObject) -> None:
+    from torch.nn.functional import avg_pool2d
+
+    x, k, how = window["x"], window["k"], {"stride": window["stride"], "padding": window["padding"]}
+    check(data.draw, "avg_pool2d", lambda x: avg_pool2d(x, k, **how), [x], k, **how)
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["max_pool2d", "avg_pool2d"])
+def test_a_pool_has_the_stride_of_its_kernel_unless_told(name: str) -> None:
+    import torch
+
+    x = random(2, 3, 7, 8)
+    expected = autograd(lambda x: getattr(torch.nn.functional, name)(x, (2, 3)), [x])
+    for F in engines():
+        assert_close(run(F, name, [x], (2, 3)), expected, "float64")
+
+
+@needs_torch
+@sweep
+@given(windows(pool=True), st.data())
+def test_elementwise_operations_match_autograd(window: dict[str, Any], data: st.DataObject) -> None:
+    import torch
+
+    x = window["x"]
+    x = np.where(abs(x) < 0.2, x.dtype.type(0), x)  # exact zeros: the kink of ReLU
+    rows = x.reshape(-1, x.shape[3])
+    keep = random(*x.shape, seed=3) < 0.4
+    for each in (x, rows):
+        check(data.draw, "relu", torch.relu, [each])
+    check(data.draw, "dropout", lambda x: x * torch.from_numpy(keep) / 0.7, [x], keep, p=0.3)
+    check(data.draw, "flatten", lambda x: x.flatten(1), [x])
+    check(data.draw, "global_avg_pool2d", lambda x: x.mean((2, 3)), [x])
+    check(data.draw, "softmax", lambda x: torch.softmax(x, -1), [20 * rows])
+
+
+@needs_torch
+@sweep
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from(sorted(TOLERANCE)),
+    st.data(),
+)
+def test_linear_matches_autograd(N: int, In: int, Out: int, bias: bool, dtype: str, data: st.DataObject) -> None:
+    from torch.nn.functional import linear
+
+    x, W = random(N, In, dtype=dtype), random(Out, In, seed=1, dtype=dtype)
+    check(data.draw, "linear", linear, [x, W, random(Out, seed=2, dtype=dtype) if bias else None])
+
+
+@needs_torch
+@sweep
+@given(
+    st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    st.one_of(st.just(()), st.tuples(st.integers(1, 5), st.integers(1, 5))),
+    st.booleans(),
+    st.sampled_from(sorted(TOLERANCE)),
+    st.floats(-2, 2),
+    st.data(),
+)
+def test_batch_norm_matches_autograd(
+    NC: tuple[int, int], HW: tuple[int, ...], training: bool, dtype: str, mean: float, data: st.DataObject
+) -> None:
+    import torch
+
+    N, C = NC
+    if training and N * math.prod(HW) < 3:
+        N = 3  # with 2 samples y is +1 and -1 whatever they are, and dx the rounding of a difference that should be 0
+    x = (random(N, C, *HW) + mean).astype(dtype)
+    arrays: list[np.ndarray | None] = [x, *(random(C, seed=seed, dtype=dtype) for seed in (1, 2))]
+    running = {"running_mean": random(C, seed=3, dtype=dtype), "running_var": 1.5 + random(C, seed=4, dtype=dtype)}
+    how = {"training": training, "momentum": 0.3, "eps": 1e-3}
+    expected_running = [torch.tensor(a, dtype=torch.float64) for a in running.values()]
+
+    def twin(x: Any, gamma: Any, beta: Any) -> Any:
+        return torch.nn.functional.batch_norm(x, *expected_running, gamma, beta, **how)
+
+    expected = autograd(twin, arrays) + [t.numpy() for t in expected_running]
+    with mock.patch.object(blocks, "BLOCK_BYTES", data.draw(st.sampled_from([1, 100, blocks.BLOCK_BYTES]))):
+        for F in engines():
+            got = run(F, "batch_norm", arrays, channels_last=data.draw(st.booleans()), **running, **how)
+            assert_close(got, expected, dtype)
+
+
+def test_batch_norm_does_not_cancel_when_the_mean_is_large() -> None:
+    x, zero, one = random(64, 3, 8, 8) + 1000, np.zeros(3, np.float32), np.ones(3, np.float32)
+    running = {"running_mean": zero, "running_var": one}
+    y, *_, var = run(
+        functional, "batch_norm", [x.astype(np.float32), one, zero], training=True, momentum=1.0, **running
+    )
+    exact = (x - x.mean((0, 2, 3), keepdims=True)) / x.std((0, 2, 3), keepdims=True)
+    # float32 has steps of 6e-5 at 1000. Each value is rounded once, so what differs within a channel is about 1e-4;
+    # the mean, summed in float32, is off by some 30 steps, for all values alike (torch's is, too).
+    offset = y.mean((0, 2, 3), keepdims=True)
+    np.testing.assert_allclose(y - offset, exact, atol=3e-4)
+    np.testing.assert_allclose(offset, 0, atol=5e-3)
+    # E[x^2] - E[x]^2 in float32 would be a multiple of 0.06: float32 has such steps at 1000^2
+    np.testing.assert_allclose(var, x.var((0, 2, 3), ddof=1), rtol=1e-4)
+
+
+@needs_torch
+@sweep
+@given(
+    st.integers(1, 6),
+    st.integers(1, 7),
+    st.sampled_from([0.0, 0.1, 1.0]),
+    st.sampled_from(["mean", "sum"]),
+    st.sampled_from([1.0, 30.0, 1e4]),
+    st.sampled_from(sorted(TOLERANCE)),
+)
+def test_cross_entropy_matches_autograd(
+    N: int, K: int, smoothing: float, reduction: str, scale: float, dtype: str
+) -> None:
+    import torch
+
+    z = scale * random(N, K, seed=5)
+    z[0] -= 100 * scale  # a row far below all others
+    z = z.astype(dtype)
+    targets = np.random.default_rng(N).integers(0, K, N)
+    logits = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    how = {"label_smoothing": smoothing, "reduction": reduction}
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets), **how)
+    expected.backward()
+    for F in engines():
+        given_ = in_memory(z, False)
+        loss, dlogits = F.cross_entropy_loss(convert(F, given_), convert(F, targets), **how)
+        # rounding grows with the differences within a row, which are of the size of ``scale``
+        assert loss == pytest.approx(expected.item(), rel=TOLERANCE[dtype], abs=TOLERANCE[dtype] * scale)
+        assert isinstance(loss, float)
+        assert_close([F.to_numpy(dlogits)], [logits.grad.numpy()], dtype)
+        assert np.array_equal(given_, z)
+
+
+def test_softmax_of_extreme_rows_sums_to_one() -> None:
+    z = np.array([[1e4, 0, -1e4], [-1e4, -1e4, -1e4], [88.8, 88.8, 0]], np.float32)
+    for F in engines():
+        p = F.to_numpy(F.softmax(convert(F, z)))
+        assert np.isfinite(p).all()
+        np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-6)  # one division's rounding for each of 3 terms
+        np.testing.assert_allclose(p[0], [1, 0, 0])
+
+
+# -- finite differences, layouts, threads: one table of operations ---------------------------------------------------
+
+
+def cases(N: int = 3, C: int = 3, H: int = 7, W: int = 6, dtype: str = "float64") -> dict[str, Any]:
+    """Return {label: (operation, differentiated arrays, other arguments, options)} for every operation."""
+    x, rows = random(N, C, H, W, dtype=dtype), random(N, H, dtype=dtype)
+    filters, bias = random(4, C, 3, 2, seed=1, dtype=dtype), random(4, seed=2, dtype=dtype)
+    gamma, beta, mean = (random(C, seed=seed, dtype=dtype) for seed in (3, 4, 5))
+    running = {"running_mean": mean, "running_var": abs(mean) + gamma.dtype.type(1)}
+    keep = random(*x.shape, seed=6) < 0.2
+    return {
+        "conv2d": ("conv2d", [x, filters, bias], (), {"padding": 1}),
+        "conv2d unpadded": ("conv2d", [x, filters, bias], (), {}),
+        "conv2d strided": ("conv2d", [x, filters, None], (), {"stride": (2, 3), "padding": (1, 2)}),
+        "linear": ("linear", [rows, random(4, H, seed=7, dtype=dtype), bias], (), {}),
+        "relu": ("relu", [x], (), {}),
+        "dropout": ("dropout", [x], (keep,), {"p": 0.4}),
+        "flatten": ("flatten", [x], (), {}),
+        "softmax": ("softmax", [rows], (), {}),
+        "batch_norm": ("batch_norm", [x, gamma, beta], (), {"training": True, **running}),
+        "batch_norm eval": ("batch_norm", [x, gamma, beta], (), {"training": False, **running}),
+        "batch_norm 2-D": ("batch_norm", [x[:, :, 0, 0], gamma, beta], (), {"training": True, **running}),
+        "max_pool2d": ("max_pool2d", [x], (3,), {"stride": 2, "padding": 1}),
+        "avg_pool2d": ("avg_pool2d", [x], ((2, 3),), {"padding": (1, 0)}),
+        "global_avg_pool2d": ("global_avg_pool2d", [x], (), {}),
+    }
+
+
+each_case = pytest.mark.parametrize("label", cases())
+
+
+def test_the_table_names_every_pair_of_operations() -> None:
+    pairs = {name for name in functional.__all__ if f"{name}_backward" in functional.__all__}
+    assert pairs == {case[0] for case in cases().values()}
+
+
+@each_case
+def test_gradients_match_finite_differences(label: str) -> None:
+    name, arrays, args, options = cases()[label]
+    directions = [None if a is None else random(*a.shape, seed=50 + i) for i, a in enumerate(arrays)]
+    step = 1e-5  # error step^2 by the third derivative, and 1e-16 / step by rounding; no kink lies so close
+
+    def objective(t: float) -> float:
+        moved = [None if a is None else a + t * d for a, d in zip(arrays, directions, strict=True)]
+        y = run(functional, name, moved, *args, **options)[0]
+        return float((y * random(*y.shape, seed=99)).sum())
+
+    _, *grads = run(functional, name, arrays, *args, **options)
+    present = [d for d in directions if d is not None]
+    slope = sum(float((grad * d).sum()) for grad, d in zip(grads[: len(present)], present, strict=True))
+    difference = (objective(step) - objective(-step)) / (2 * step)
+    # values of about 10, known to 1e-15, divided by 2e-5: 1e-9
+    assert difference == pytest.approx(slope, rel=1e-6, abs=1e-8)
+    assert abs(slope) > 1e-3  # or the comparison says nothing
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_gradient_matches_finite_differences(reduction: str) -> None:
+    z, direction, targets = random(5, 4), random(5, 4, seed=1), np.array([0, 3, 1, 1, 2])
+
+    def loss(t: float) -> float:
+        how = {"label_smoothing": 0.2, "reduction": reduction}
+        return float(functional.cross_entropy_loss(z + t * direction, targets, **how)[0])
+
+    dlogits = functional.cross_entropy_loss(z, targets, label_smoothing=0.2, reduction=reduction)[1]
+    difference = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert difference == pytest.approx(float((dlogits * direction).sum()), rel=1e-6)
+
+
+@each_case
+@pytest.mark.parametrize("C", [1, 3])  # with one channel NumPy calls both layouts contiguous
+def test_the_memory_layout_does_not_change_the_result(label: str, C: int) -> None:
+    name, arrays, args, options = cases(C=C)[label]
+    expected = run(functional, name, arrays, *args, **options)
+    for layouts in ({"channels_last": False}, {"dout_channels_last": False}):
+        got = run(functional, name, arrays, *args, **layouts, **options)
+        assert [a.tobytes() for a in got] == [a.tobytes() for a in expected]
+
+
+@needs_torch
+@each_case
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_both_engines_agree(label: str, dtype: str) -> None:
+    name, arrays, args, options = cases(dtype=dtype)[label]
+    ours, theirs = (run(F, name, arrays, *args, **options) for F in engines())
+    assert_close(theirs, ours, dtype)
+
+
+@each_case
+def test_the_number_of_threads_does_not_change_a_bit(label: str) -> None:
+    name, arrays, args, options = cases(N=64, C=16, H=32, W=32, dtype="float32")[label]
+    if arrays[0].ndim == 4:
+        assert arrays[0].nbytes > 2 * blocks.BLOCK_BYTES, "one block only"
+    alone = run(functional, name, arrays, *args, **options)
+    functional.set_threads(2)
+    together = run(functional, name, arrays, *args, **options)
+    for a, b in zip(alone, together, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_blocks_run_on_as_many_threads_as_set() -> None:
+    import threading
+
+    both = threading.Barrier(2)
+    functional.set_threads(2)
+    arrived = blocks.for_each_block(lambda block: both.wait(timeout=20), 2, blocks.BLOCK_BYTES)
+    assert sorted(arrived) == [0, 1]  # neither block could have passed alone
+
+
+@sweep
+@given(st.integers(0, 60), st.integers(1, 3 * blocks.BLOCK_BYTES))
+def test_blocks_cover_everything_once_in_pieces_of_bounded_size(count: int, bytes_each: int) -> None:
+    pieces = blocks.for_each_block(lambda block: block, count, bytes_each)
+    assert [i for piece in pieces for i in range(count)[piece]] == list(range(count))
+    longest = max((piece.stop - piece.start for piece in pieces), default=0)
+    assert longest <= 1 or longest * bytes_each <= blocks.BLOCK_BYTES
+
+
+def test_input_grad_false_leaves_out_dx_and_nothing_else() -> None:
+    x, W, b = random(2, 3, 5, 5), random(4, 3, 3, 3, seed=1), random(4, seed=2)
+    for F in engines():
+        y, cache = F.conv2d(*(convert(F, a) for a in (x, W, b)), padding=1)
+        _, *expected = F.conv2d_backward(y, cache)
+        dx, *got = F.conv2d_backward(y, cache, input_grad=False)
+        assert dx is None
+        for a, b_ in zip(got, expected, strict=True):
+            # torch may choose another algorithm; the sums have 50 terms
+            np.testing.assert_allclose(F.to_numpy(a), F.to_numpy(b_), rtol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+def test_dropout_scales_what_it_keeps(p: float) -> None:
+    x, keep = 1 + random(4, 5) ** 2, random(4, 5, seed=1) < 0
+    for F in engines():
+        y, _ = F.dropout(convert(F, x), convert(F, keep), p=p)
+        expected = np.where(keep, x / (1 - p), 0) if p < 1 else np.zeros_like(x)
+        np.testing.assert_allclose(F.to_numpy(y), expected, rtol=1e-15)  # 1 / (1 - p) is rounded once more
+
+
+# -- im2col and col2im -----------------------------------------------------------------------------------------------
+
+
+@sweep
+@given(windows(pool=False), st.booleans())
+def test_col2im_is_the_transpose_of_im2col(window: dict[str, Any], channels_last: bool) -> None:
+    x = in_memory(window["x"].astype("float64"), channels_last)
+    where = (*window["kHkW"], window["stride"], window["padding"])
+    cols = functional.im2col(x, *where)
+    c = random(*cols.shape, seed=7)
+    image = functional.col2im(c, x.shape, *where)
+    assert image.shape == x.shape
+    assert np.vdot(cols, c) == pytest.approx(np.vdot(x, image), rel=1e-10, abs=1e-10)  # sums of up to 20,000 terms
+
+
+@needs_torch
+@sweep
+@given(windows(pool=False), st.booleans())
+def test_im2col_is_torchs_unfold_in_another_order(window: dict[str, Any], channels_last: bool) -> None:
+    import torch
+
+    x, (kH, kW) = window["x"], window["kHkW"]
+    cols = functional.im2col(in_memory(x, channels_last), kH, kW, window["stride"], window["padding"])
+    unfold = torch.nn.Unfold((kH, kW), stride=window["stride"], padding=window["padding"])
+    N, C = x.shape[:2]
+    theirs = unfold(torch.from_numpy(x)).numpy().reshape(N, C, kH, kW, -1)  # (N, C, kH, kW, Ho*Wo)
+    assert np.array_equal(cols, theirs.transpose(0, 4, 2, 3, 1).reshape(-1, kH * kW * C))
+
+
+# -- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_that_does_not_fit_is_refused() -> None:
+    x, W = random(2, 3, 4, 6), random(1, 3, 5, 3)
+    message = "kernel of size 5 does not fit into an input of size 4 with padding 0"
+    with pytest.raises(ValueError, match=message):
+        functional.im2col(x, 5, 3, 1, 0)
+    for F in engines():
+        with pytest.raises(ValueError, match=message):
+            F.conv2d(convert(F, x), convert(F, W))
+        for pool in (F.max_pool2d, F.avg_pool2d):
+            with pytest.raises(ValueError, match=message):
+                pool(convert(F, x), (5, 3))
+            with pytest.raises(ValueError, match="stride 0 must be at least 1"):
+                pool(convert(F, x), 2, stride=0)
+            with pytest.raises(ValueError, match="at most half"):
+                pool(convert(F, x), 3, padding=2)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (np.array([0, 1, 3]), r"targets must lie in 0\.\.2, got 0\.\.3"),
+        (np.array([0, -1, 2]), r"targets must lie in 0\.\.2, got -1\.\.2"),
+        (np.array([0, 1]), r"expected logits \(N, K\) and integer targets \(N,\), got \(3, 3\) and int64 \(2,\)"),
+        (np.array([[0, 1, 2]]), r"int64 \(1, 3\)"),
+        (np.array([0.0, 1.0, 2.0]), r"float64 \(3,\)"),
+        (np.array([True, False, True]), r"bool \(3,\)"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(targets: np.ndarray, message: str) -> None:
+    for F in engines():
+        with pytest.raises(ValueError, match=message):
+            F.cross_entropy_loss(convert(F, random(3, 3)), convert(F, targets))
+
+
+def test_losses_that_mean_nothing_are_refused() -> None:
+    for F in engines():
+        with pytest.raises(ValueError, match="an empty batch"):
+            F.cross_entropy_loss(convert(F, np.zeros((0, 3))), convert(F, np.zeros(0, np.int64)))
+        with pytest.raises(ValueError, match="'mean' or 'sum', got 'none'"):
+            F.cross_entropy_loss(convert(F, random(1, 3)), convert(F, np.array([0])), reduction="none")
+
+
+def test_batch_norm_of_a_single_value_is_refused_in_training_only() -> None:
+    x, one = random(1, 3), np.ones(3)
+    for F in engines():
+        arrays = [convert(F, a) for a in (x, one, one)]
+        running = {"running_mean": convert(F, 0 * one), "running_var": convert(F, one.copy())}
+        with pytest.raises(ValueError, match="more than one value per channel"):
+            F.batch_norm(*arrays, training=True, **running)
+        y, _ = F.batch_norm(*arrays, training=False, eps=0.0, **running)
+        np.testing.assert_allclose(F.to_numpy(y), x + 1, rtol=1e-12)
+
+
+# -- arrays and engines ----------------------------------------------------------------------------------------------
+
+
+def test_channels_last_views_share_the_flat_memory() -> None:
+    for F in engines():
+        flat = convert(F, np.arange(120.0))
+        view = F.channels_last_view(flat, (5, 4, 3, 2))
+        expected = np.arange(120.0).reshape(5, 3, 2, 4).transpose(0, 3, 1, 2)
+        assert np.array_equal(F.to_numpy(view), expected)
+        matrix = F.channels_last_view(flat, (10, 12))
+        view[...] = 7
+        matrix[0, 0] = 8
+        assert F.to_numpy(flat).sum() == 7 * 119 + 8
+        with pytest.raises(ValueError, match="1-D"):
+            F.channels_last_view(matrix, (120,))
+
+
+def test_copy_into_converts_to_the_targets_dtype() -> None:
+    source = in_memory(random(2, 3, 4, 5), True)
+    for F in engines():
+        target = F.channels_last_view(convert(F, np.zeros(120, np.float32)), (2, 3, 4, 5))
+        F.copy_into(target, source)
+        assert np.array_equal(F.to_numpy(target), source.astype(np.float32))
+        F.copy_into(target, np.arange(120).reshape(2, 3, 4, 5))
+        assert np.array_equal(F.to_numpy(target).ravel(), np.arange(120))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "uint8", "bool"])
+def test_arrays_go_to_an_engine_and_back(dtype: str) -> None:
+    for F in engines():
+        like = convert(F, np.zeros(1, np.float32))
+        plain = (3 * random(2, 3, 4, 5)).astype(dtype)
+        for a in (plain, in_memory(plain, True), plain[..., ::-1], plain[0, 0, 0, 0, ...]):  # read-only, backwards, 0-D
+            back = F.to_numpy(F.as_array(a, like=like))
+            assert back.dtype == dtype
+            assert np.array_equal(back, a)
+
+
+@needs_torch
+def test_the_torch_engine_has_the_same_operations_and_signatures() -> None:
+    _, functional_torch = engines()
+    numpy_only = {name for name in functional.__all__ if name.startswith(("kaiming", "xavier"))} | {"im2col", "col2im"}
+    for name in set(functional.__all__) - numpy_only:
+        ours, theirs = (inspect.signature(getattr(F, name)).parameters for F in (functional, functional_torch))
+        shape = [[(p.name, p.kind, p.default) for p in each.values()] for each in (ours, theirs)]
+        assert shape[0] == shape[1], name
+
+
+@needs_torch
+def test_the_torch_engine_keeps_images_channels_last_and_builds_no_graph() -> None:
+    import torch
+
+    _, F = engines()
+    for name, arrays, args, options in cases().values():
+        if arrays[0].ndim != 4 or name in ("flatten", "global_avg_pool2d", "dropout"):
+            continue
+        inputs = [convert(F, None if a is None else in_memory(a, False)) for a in arrays]
+        options = {key: convert(F, value) for key, value in options.items()}
+        y, cache = getattr(F, name)(*inputs, *args, **options)
+        grads = getattr(F, f"{name}_backward")(y.contiguous(), cache)
+        dx = grads[0] if isinstance(grads, tuple) else grads
+        for image in (y, dx):
+            assert image.is_contiguous(memory_format=torch.channels_last), name
+            assert not image.requires_grad
+
+
+@needs_torch
+def test_a_tensor_shares_the_arrays_memory_on_the_cpu() -> None:
+    _, F = engines()
+    a = np.zeros(3)
+    t = F.tensor(a, "cpu")
+    t += 1
+    assert a.tolist() == [1, 1, 1]
+    assert np.shares_memory(F.to_numpy(t), a)
+
+
+@needs_torch
+def test_devices_that_are_not_there_are_refused() -> None:
+    _, F = engines()
+    F.check_device("cpu")
+    with pytest.raises(ValueError, match="'cuda:99' is not available"):
+        F.check_device("cuda:99")
+    for unknown in ("tpu", "cuda:x", ""):
+        with pytest.raises(ValueError, match="unknown device"):
+            F.check_device(unknown)
+
+
+@needs_torch
+def test_the_torch_engine_sets_torchs_threads() -> None:
+    import torch
+
+    _, F = engines()
+    before = torch.get_num_threads()
+    try:
+        for count in (2, 1):
+            F.set_threads(count)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- initial values --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "variance"),
+    [
+        ("kaiming_normal", 2 / (16 * 9)),
+        ("kaiming_uniform", 2 / (16 * 9)),
+        ("xavier_normal", 2 / (16 * 9 + 48 * 9)),
+        ("xavier_uniform", 2 / (16 * 9 + 48 * 9)),
+    ],
+)
+def test_initial_values_have_the_variance_of_their_definition(name: str, variance: float) -> None:
+    draw = getattr(functional, name)
+    W = draw(np.random.default_rng(0), (48, 16, 3, 3))
+    # of 6,912 values, the standard error of the variance is 1.7 % for a normal distribution, 1.1 % for a uniform one
+    assert W.var() == pytest.approx(variance, rel=0.06)
+    assert abs(W.mean()) < 4 * math.sqrt(variance / W.size)
+    if name.endswith("uniform"):
+        assert abs(W).max() <= math.sqrt(3 * variance)
+    assert np.array_equal(W, draw(np.random.default_rng(0), (48, 16, 3, 3)))
+    with pytest.raises(ValueError, match="fan-in"):
+        draw(np.random.default_rng(0), (5,))

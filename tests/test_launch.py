@@ -1,0 +1,233 @@
+"""The program as people start it: command lines, mpirun, ranks that die, Ctrl-C. Each has a hard time limit."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnnmpi.__main__ import main as cnnmpi
+from cnnmpi.data import synthetic, write_hdf5
+from cnnmpi.evaluate import main as evaluate
+from cnnmpi.predict import main as predict
+from cnnmpi.train.__main__ import main as train
+
+pytestmark = pytest.mark.mpi_skip  # mpirun does not start inside mpirun
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip install 'cnnmpi[mpich]'")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "synthetic.h5"
+    write_hdf5(path, synthetic(train=400, test=100))
+    return path
+
+
+def command(ranks: int, data: Path, out: Path, *extra: str) -> list[str]:
+    start = [MPIRUN, "-n", str(ranks)] if ranks > 1 else []
+    module = [sys.executable, "-m", "cnnmpi.train"]
+    options = ["--data", str(data), "--out", str(out), "--batch-size", "40", "--epochs", "3", "--threads", "1"]
+    return [*start, *module, *options, *extra]
+
+
+def run(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def digest(output: str) -> str:
+    return re.search(r"^done: test_acc=0\.\d{4} weights_sha256=([0-9a-f]{64})$", output, re.MULTILINE)[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> str:
+    result = run(*command(1, data, tmp_path_factory.mktemp("one") / "run"))
+    assert result.returncode == 0, result.stderr
+    return digest(result.stdout)
+
+
+@needs_mpirun
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_mpirun_ends_in_the_digest_of_one_process(ranks, data, tmp_path, undisturbed):
+    result = run(*command(ranks, data, tmp_path / "run"))
+    assert result.returncode == 0, result.stderr
+    assert digest(result.stdout) == undisturbed
+    assert result.stdout.count("epoch 1 ") == 1, "rank 0 alone speaks"
+
+
+def start_and_wait(args: list[str], out: Path) -> subprocess.Popen[str]:
+    """Start a job and wait for its first checkpoint."""
+    job = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (out / "last.h5").exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.02)
+    return job
+
+
+def rank_pids(out: Path) -> list[int]:
+    """The processes that train into ``out``, but for mpirun and its helpers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0] == sys.executable.encode() and str(out).encode() in words:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+@needs_mpirun
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_kill_9_of_any_rank_ends_the_job_and_resume_on_other_ranks_is_exact(victim, data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    job = start_and_wait(command(3, data, out, "--checkpoint-every", "1"), out)
+    pids = rank_pids(out)
+    assert len(pids) == 3
+    os.kill(pids[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    job.communicate(timeout=30)
+    assert time.monotonic() - killed < 10 and job.returncode != 0
+    assert not rank_pids(out)
+    resumed = run(*command(2, data, out, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert digest(resumed.stdout) == undisturbed
+
+
+FAILING = """
+import os, signal, sys
+from cnnmpi.train import trainer
+from cnnmpi.train.__main__ import main
+step = trainer.Trainer.train_step
+def failing(self):
+    if self.step == 5 and self.ranks.rank == 1:
+        {failure}
+    return step(self)
+trainer.Trainer.train_step = failing
+if {unprotected}:
+    import contextlib
+    import cnnmpi.distributed as d, cnnmpi.train.__main__ as m
+    m.failing_together = lambda ranks: contextlib.nullcontext()
+    d._install_hooks = lambda ranks: None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_failing(failure: str, data: Path, out: Path, timeout: float, unprotected: bool = False):
+    args = command(3, data, out)
+    at = args.index("-m")
+    args[at : at + 2] = ["-c", FAILING.format(failure=failure, unprotected=unprotected)]
+    return run(*args, timeout=timeout)
+
+
+@needs_mpirun
+@pytest.mark.parametrize(
+    "failure, text",
+    [
+        ("raise RuntimeError('lost my marbles')", "lost my marbles"),
+        ("sys.exit(3)", "rank 1"),
+        ("os._exit(3)", ""),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", ""),
+    ],
+)
+def test_a_failure_on_one_rank_ends_the_job_and_is_explained_once(failure, text, data, tmp_path):
+    result = run_failing(failure, data, tmp_path / "run", timeout=40)
+    assert result.returncode != 0
+    assert text in result.stderr and result.stderr.count("Traceback") == int("raise" in failure)
+
+
+@needs_mpirun
+def test_without_the_protection_an_exception_hangs_the_job(data, tmp_path):
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_failing("raise RuntimeError('lost')", data, tmp_path / "run", timeout=8, unprotected=True)
+    for pid in rank_pids(tmp_path / "run"):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_says_how_to_resume(number, data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    job = start_and_wait(command(1, data, out, "--checkpoint-every", "1"), out)
+    job.send_signal(number)
+    output, errors = job.communicate(timeout=30)
+    assert job.returncode == 75, errors
+    assert f"--resume --out {out}" in output
+    assert digest(run(*command(1, data, out, "--resume")).stdout) == undisturbed
+
+
+@needs_mpirun
+def test_a_signal_to_one_rank_stops_all(data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    job = start_and_wait(command(2, data, out, "--checkpoint-every", "1"), out)
+    os.kill(rank_pids(out)[1], signal.SIGUSR1)
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode != 0 and "saved" in output
+    assert digest(run(*command(3, data, out, "--resume")).stdout) == undisturbed
+
+
+@needs_mpirun
+@pytest.mark.parametrize(
+    "extra, text",
+    [
+        (["--modle", "x"], "--modle"),
+        (["--model", "vgg"], "vgg"),
+        (["--lr", "fast"], "fast"),
+        (["--shards", "1"], "--shards 2"),
+        (["--data", "nowhere.h5"], "nowhere.h5"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    ],
+)
+def test_bad_command_lines_are_explained_once_without_a_traceback(extra, text, data, tmp_path):
+    result = run(*command(2, data, tmp_path / "run", *extra), timeout=60)
+    assert result.returncode != 0
+    everything = result.stdout + result.stderr
+    assert text in everything and "Traceback" not in everything
+    assert len(re.findall("cnnmpi: error|Unrecognized|invalid choice|Error parsing", everything)) <= 2
+
+
+def test_help_and_the_console_entry(capsys):
+    assert cnnmpi([]) == 2 and cnnmpi(["fly"]) == 2 and cnnmpi(["--help"]) == 0
+    assert "evaluate" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        train(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--model", "--epochs", "--max-steps", "--batch-size", "--shards", "--optimizer", "--lr", "--seed",
+                 "--backend", "--device", "--threads", "--data", "--out", "--resume", "--checkpoint-every", "--config"):  # fmt: skip
+        assert flag in text
+
+
+def test_evaluate_and_predict(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    code = train(["--data", str(data), "--out", str(out), "--epochs", "1", "--batch-size", "40", "--threads", "1"])
+    accuracy = re.search(r"test_acc=(\S+)", capsys.readouterr().out)[1]
+    assert code == 0
+    assert evaluate([str(out / "last.h5"), "--data", str(data)]) == 0
+    text = capsys.readouterr().out
+    assert f"accuracy {accuracy}" in text and "confusion matrix" in text
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)).save(picture)
+    assert predict([str(out / "last.h5"), str(picture), "--top", "10"]) == 0
+    line = capsys.readouterr().out
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", line)]
+    assert line.startswith(str(picture)) and len(shares) == 10 and abs(sum(shares) - 100) < 1
+    (tmp_path / "text.png").write_text("no image")
+    for arguments in (
+        [str(out / "last.h5"), str(tmp_path / "text.png")],
+        [str(out / "last.h5"), str(tmp_path / "missing.png")],
+        [str(data), str(picture)],
+    ):
+        assert predict(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert evaluate([str(tmp_path / "none.h5"), "--data", str(data)]) == 2
+    assert "none.h5" in capsys.readouterr().err

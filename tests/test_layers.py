@@ -1,0 +1,229 @@
+"""Every layer against its torch.nn twin: outputs, input gradients, parameter gradients; and what all layers promise."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cnnmpi
+from cnnmpi import layers as L
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+# float32 sums of up to a few thousand products of values near 1 differ by some 1e-6 between orders of summation
+ATOL = {np.float32: 1e-5, np.float64: 1e-10}
+SWEEP = settings(max_examples=25, deadline=None, derandomize=True)
+SIZES = st.integers(5, 12)
+DTYPES = st.sampled_from([np.float32, np.float64])
+
+
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def copy_into_twin(layer: L.Layer, twin: nn.Module) -> None:
+    named = dict(twin.named_parameters())
+    for name, (param, _) in layer.named_parameters().items():
+        named[name].data = torch.from_numpy(np.array(param, order="C"))
+
+
+def check(layer: L.Layer, twin: nn.Module, x: np.ndarray, rounds: int = 2) -> None:
+    """Both must give the same y, dx and, summed over two rounds, the same parameter gradients."""
+    dtype = x.dtype.type
+    twin = twin.to(torch.float64 if dtype is np.float64 else torch.float32)
+    copy_into_twin(layer, twin)
+    for _ in range(rounds):
+        tx = torch.from_numpy(x.copy()).requires_grad_()
+        ty = twin(tx)
+        y = layer.forward(x)
+        assert y.dtype == dtype
+        np.testing.assert_allclose(y, ty.detach().numpy(), rtol=1e-5, atol=ATOL[dtype])
+        dout = rng(7).standard_normal(y.shape).astype(dtype)
+        before = x.copy(), dout.copy()
+        ty.backward(torch.from_numpy(dout.copy()))
+        dx = layer.backward(dout)
+        np.testing.assert_allclose(dx, tx.grad.numpy(), rtol=1e-5, atol=ATOL[dtype])
+        np.testing.assert_array_equal(x, before[0])
+        np.testing.assert_array_equal(dout, before[1])
+    grads = {name: p.grad.numpy() for name, p in twin.named_parameters()}
+    assert set(grads) == set(layer.named_parameters())
+    for name, (_, grad) in layer.named_parameters().items():
+        scale = max(1.0, float(np.abs(grads[name]).max()))  # a gradient sums over all positions: error grows with it
+        np.testing.assert_allclose(grad, grads[name], rtol=1e-5, atol=ATOL[dtype] * scale)
+
+
+@SWEEP
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), SIZES, SIZES, st.integers(1, 5), st.integers(1, 4),
+       st.integers(0, 2), st.booleans(), DTYPES)  # fmt: skip
+def test_conv2d(n, in_c, out_c, h, w, k, stride, padding, bias, dtype):
+    layer = L.Conv2d(in_c, out_c, k, stride, padding, bias, rng=rng(0), dtype=dtype)
+    x = rng(1).standard_normal((n, in_c, h, w)).astype(dtype)
+    check(layer, nn.Conv2d(in_c, out_c, k, stride, padding, bias=bias), x)
+
+
+@pytest.mark.parametrize("k, stride, padding", [((3, 2), (2, 1), (1, 0)), ((1, 5), (1, 3), (0, 2)), (1, 2, 1)])
+def test_conv2d_sizes_that_differ_by_axis(k, stride, padding):
+    x = rng(1).standard_normal((2, 3, 9, 11))
+    check(L.Conv2d(3, 4, k, stride, padding, dtype=np.float64), nn.Conv2d(3, 4, k, stride, padding), x)
+
+
+@SWEEP
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 7), st.booleans(), DTYPES)
+def test_linear(n, features, out, bias, dtype):
+    x = rng(1).standard_normal((n, features)).astype(dtype)
+    check(L.Linear(features, out, bias, rng=rng(0), dtype=dtype), nn.Linear(features, out, bias), x)
+
+
+@SWEEP
+@given(st.integers(1, 3), st.integers(1, 3), SIZES, SIZES, st.integers(1, 4), st.sampled_from([None, 1, 2, 3, 5]),
+       DTYPES, st.sampled_from(["max", "avg"]), st.booleans())  # fmt: skip
+def test_pools(n, c, h, w, k, stride, dtype, kind, pad):
+    x = rng(1).standard_normal((n, c, h, w)).astype(dtype)
+    x[x < 0] = 0  # as after a ReLU: ties, of which the first must receive the gradient
+    ours, theirs = (L.MaxPool2d, nn.MaxPool2d) if kind == "max" else (L.AvgPool2d, nn.AvgPool2d)
+    padding = k // 2 if pad else 0
+    check(ours(k, stride, padding), theirs(k, stride, padding), x)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5, 7), (2, 3, 1, 1)])
+def test_batch_norm(shape, training, dtype):
+    x = (3 + 2 * rng(1).standard_normal(shape)).astype(dtype)
+    layer = L.BatchNorm(3, dtype=dtype)
+    layer.params["weight"][...], layer.params["bias"][...] = [0.5, 1, 2], [1, 0, -1]
+    twin = nn.BatchNorm1d(3) if len(shape) == 2 else nn.BatchNorm2d(3)
+    check(layer, twin, x)  # also moves the running statistics
+    layer.train_mode(training)
+    layer.zero_grad()
+    twin.train(training).zero_grad()
+    check(layer, twin, x)
+    for name in ("running_mean", "running_var"):
+        np.testing.assert_allclose(layer.buffers[name], getattr(twin, name).numpy(), rtol=1e-5, atol=ATOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "ours, theirs, shape",
+    [
+        (L.ReLU(), nn.ReLU(), (3, 2, 5, 4)),
+        (L.ReLU(), nn.ReLU(), (3, 4)),
+        (L.Flatten(), nn.Flatten(), (3, 2, 5, 4)),
+        (L.Softmax(), nn.Softmax(dim=-1), (3, 6)),
+        (L.Identity(), nn.Identity(), (3, 6)),
+        (L.GlobalAvgPool2d(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (3, 4, 5, 7)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_layers_without_parameters(ours, theirs, shape, dtype):
+    check(ours, theirs, rng(1).standard_normal(shape).astype(dtype))
+
+
+class TorchResidual(nn.Module):
+    def __init__(self, body, shortcut):
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x):
+        return self.body(x) + self.shortcut(x)
+
+
+@pytest.mark.parametrize("widen", [False, True])
+def test_residual_of_sequentials(widen):
+    out = 5 if widen else 3
+    ours = L.Residual(
+        L.Sequential(L.Conv2d(3, out, 3, padding=1, dtype=np.float64), L.BatchNorm(out, dtype=np.float64), L.ReLU()),
+        L.Conv2d(3, out, 1, bias=False, dtype=np.float64) if widen else None,
+    )
+    body = nn.Sequential(nn.Conv2d(3, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU())
+    theirs = TorchResidual(body, nn.Conv2d(3, out, 1, bias=False) if widen else nn.Identity())
+    check(ours, theirs, rng(1).standard_normal((2, 3, 6, 5)))
+
+
+def test_dropout_keeps_the_expectation_and_masks_the_gradient_alike():
+    layer = L.Dropout(0.3, seed=1)
+    x = np.ones((100, 100), np.float32)
+    y = layer.forward(x)
+    assert set(np.unique(y)) == {np.float32(0), np.float32(1 / 0.7)}
+    assert abs(y.mean() - 1) < 0.03  # 10,000 draws: standard deviation 0.0065
+    np.testing.assert_array_equal(layer.backward(x), y)
+    assert not np.array_equal(layer.forward(x), y), "the next mask must be another one"
+    layer.reseed(1)
+    np.testing.assert_array_equal(layer.forward(x), y)
+    layer.train_mode(False)
+    np.testing.assert_array_equal(layer.forward(x), x)
+    np.testing.assert_array_equal(layer.backward(x), x)
+
+
+ALL_LAYERS = [
+    (L.Conv2d(2, 3, 3, padding=1), (2, 2, 6, 6)),
+    (L.Conv2d(2, 3, 3, stride=2), (2, 2, 7, 7)),
+    (L.Linear(4, 3), (2, 4)),
+    (L.BatchNorm(2), (3, 2, 4, 4)),
+    (L.MaxPool2d(2), (2, 2, 6, 6)),
+    (L.AvgPool2d(2), (2, 2, 6, 6)),
+    (L.GlobalAvgPool2d(), (2, 2, 6, 6)),
+    (L.ReLU(), (2, 2, 6, 6)),
+    (L.Dropout(0.5), (2, 6)),
+    (L.Flatten(), (2, 2, 3, 3)),
+    (L.Softmax(), (2, 5)),
+    (L.Residual(L.Sequential(L.Conv2d(2, 2, 3, padding=1), L.ReLU())), (2, 2, 6, 6)),
+]
+
+
+@pytest.mark.parametrize("layer, shape", ALL_LAYERS, ids=[type(layer).__name__ for layer, _ in ALL_LAYERS])
+def test_no_layer_writes_into_its_input_or_its_dout(layer, shape):
+    x = rng(0).standard_normal(shape).astype(np.float32)
+    x.flags.writeable = False
+    dout = rng(1).standard_normal(layer.forward(x).shape).astype(np.float32)
+    dout.flags.writeable = False
+    layer.backward(dout)
+
+
+@pytest.mark.parametrize("layer, shape", ALL_LAYERS, ids=[type(layer).__name__ for layer, _ in ALL_LAYERS])
+def test_backward_needs_a_forward_of_its_own(layer, shape):
+    x = rng(0).standard_normal(shape).astype(np.float32)
+    dout = layer.forward(x)
+    layer.backward(dout)
+    with pytest.raises(RuntimeError, match=r"backward\(\) needs a forward\(\)"):
+        layer.backward(dout)
+
+
+def test_gradients_add_up_until_zero_grad():
+    layer, x = L.Linear(3, 2, rng=rng(0)), np.ones((4, 3), np.float32)
+    layer.backward(layer.forward(x))
+    once = layer.grads["weight"].copy()
+    layer.backward(layer.forward(x))
+    np.testing.assert_array_equal(layer.grads["weight"], 2 * once)
+    layer.zero_grad()
+    assert not layer.grads["weight"].any()
+
+
+@pytest.mark.parametrize(
+    "layer, x, message",
+    [
+        (
+            L.Conv2d(3, 8, 3),
+            np.zeros((2, 4, 9, 9), "f"),
+            r"Conv2d\(3, 8, 3.*expected .*\(N, 3, H, W\), got \(2, 4, 9, 9\)",
+        ),
+        (L.Conv2d(3, 8, 3), np.zeros((2, 3, 9, 9)), "Conv2d.*dtype float32, got float64"),
+        (L.Conv2d(3, 8, 5), np.zeros((2, 3, 4, 9), "f"), "Conv2d.*size 5 does not fit into an input of size 4"),
+        (L.Linear(4, 2), np.zeros((3, 5), "f"), r"Linear\(4, 2\).*\(N, 4\), got \(3, 5\)"),
+        (L.BatchNorm(4), np.zeros((3, 5), "f"), r"BatchNorm\(4\).*\(N, 4\), got \(3, 5\)"),
+        (L.BatchNorm(4), np.zeros((1, 4), "f"), r"BatchNorm\(4\).*more than one value"),
+        (L.MaxPool2d(3), np.zeros((1, 1, 2, 9), "f"), "MaxPool2d.*does not fit"),
+        (L.AvgPool2d(3), np.zeros((2, 9), "f"), r"AvgPool2d.*\(N, C, H, W\), got \(2, 9\)"),
+        (L.Residual(L.Linear(3, 2)), np.zeros((1, 3), "f"), r"Residual: the body gives \(1, 2\).*\(1, 3\)"),
+    ],
+)
+def test_errors_name_layer_and_shapes(layer, x, message):
+    with pytest.raises(ValueError, match=message):
+        layer.forward(x)
+
+
+def test_the_public_names():
+    for name in cnnmpi.__all__:
+        assert getattr(cnnmpi, name) is not None
+    assert L.Conv2d(1, 1, 1).use_torch is False

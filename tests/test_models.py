@@ -1,0 +1,281 @@
+"""Models: against torch.nn with autograd over several steps, on both engines; custom wiring; state and its errors."""
+
+import numpy as np
+import pytest
+
+from cnnmpi import layers as L
+from cnnmpi import optim
+from cnnmpi.functional import cross_entropy_loss
+from cnnmpi.models import MODELS, Model, SimpleCNN, SmallResNet
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+
+class TorchResidual(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def torch_unit(i, o, stride=1):
+    return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+
+class TorchSimpleCNN(nn.Module):
+    def __init__(self, size=32, classes=10):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.classifier = nn.Linear(64 * (size // 4) ** 2, classes)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).flatten(1))
+
+
+def torch_twin(model: Model) -> nn.Module:
+    """Build the torch.nn module that ``model`` describes, layer by layer, with the same dotted names."""
+
+    def convert(layer):
+        if isinstance(layer, L.Conv2d):
+            return nn.Conv2d(layer.in_c, layer.out_c, layer.k, layer.stride, layer.padding, bias="bias" in layer.params)
+        if isinstance(layer, L.Linear):
+            return nn.Linear(layer.in_features, layer.out_features)
+        if isinstance(layer, L.BatchNorm):
+            return nn.BatchNorm2d(layer.num_features)
+        if isinstance(layer, L.Residual):
+            return TorchResidual(convert(layer.body))
+        if isinstance(layer, L.Sequential):
+            return nn.Sequential(*map(convert, layer.layers))
+        simple = {L.ReLU: nn.ReLU, L.Flatten: nn.Flatten}
+        if type(layer) in simple:
+            return simple[type(layer)]()
+        if isinstance(layer, L.MaxPool2d):
+            return nn.MaxPool2d(layer.k, layer.stride)
+        assert isinstance(layer, L.GlobalAvgPool2d)
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    twin = nn.Sequential()
+    for name, layer in model.children():
+        twin.add_module(name, convert(layer))
+    state = {name: torch.from_numpy(array) for name, array in model.state_dict().items()}
+    result = twin.load_state_dict(state, strict=True)
+    assert not result.missing_keys and not result.unexpected_keys
+    return twin
+
+
+def batch(n=6, size=32, seed=0):
+    draw = np.random.default_rng(seed)
+    return draw.standard_normal((n, 3, size, size)).astype(np.float32), draw.integers(0, 10, n)
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+@pytest.mark.parametrize("name", MODELS)
+def test_five_steps_equal_torch_autograd(name, engine):
+    """In float64, where nothing but a wrong formula can make a difference of 1e-9."""
+    model = MODELS[name](seed=3).astype(np.float64)
+    twin = torch_twin(model).double().train()
+    if engine == "torch":
+        model.to_torch()
+    mine = optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, decay_all=True, weight_decay=1e-3)
+    reference = torch.optim.SGD(twin.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    for step in range(5):
+        x, y = batch(seed=step)
+        x = x.astype(np.float64)
+        mine.zero_grad()
+        inputs, targets = (x, y) if engine == "numpy" else (torch.from_numpy(x), torch.from_numpy(y))
+        loss, dlogits = model.F.cross_entropy_loss(model.forward(inputs), targets)
+        model.backward(dlogits)
+        mine.step()
+        reference.zero_grad()
+        expected = nn.functional.cross_entropy(twin(torch.from_numpy(x)), torch.from_numpy(y))
+        expected.backward()
+        reference.step()
+        assert abs(loss - expected.item()) < 1e-9
+    state = twin.state_dict()
+    for key, array in model.state_dict().items():
+        np.testing.assert_allclose(array, state[key].numpy(), rtol=0, atol=1e-9, err_msg=key)
+    model.eval()
+    with torch.no_grad():
+        logits = model.F.to_numpy(model.forward(inputs))
+        np.testing.assert_allclose(logits, twin.eval()(torch.from_numpy(x)).numpy(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_engines_agree_in_float32(name):
+    """One step: apart from rounding, a value at the kink of a ReLU or pool may fall on its other side: 1 % of the norm."""
+    grads = []
+    for engine in ("numpy", "torch"):
+        model = MODELS[name](seed=3)
+        x, y = batch(n=16)
+        if engine == "torch":
+            model.to_torch()
+            x, y = torch.from_numpy(x), torch.from_numpy(y)
+        _, dlogits = model.F.cross_entropy_loss(model.forward(x), y)
+        model.backward(dlogits)
+        grads.append(np.array(model.F.to_numpy(model.flat_grads)))
+    assert np.linalg.norm(grads[0] - grads[1]) < 1e-2 * np.linalg.norm(grads[0])
+
+
+def test_simple_cnn_is_the_documented_network():
+    model, twin = SimpleCNN(seed=1), TorchSimpleCNN()
+    twin.load_state_dict({name: torch.from_numpy(a) for name, a in model.state_dict().items()}, strict=True)
+    x, _ = batch()
+    np.testing.assert_allclose(model.forward(x), twin(torch.from_numpy(x)).detach().numpy(), atol=1e-5)
+    assert model.flat_params.size == 60_362
+
+
+def test_switching_engines_keeps_every_bit_and_a_living_optimizer():
+    model, pure = SmallResNet(seed=2, widths=(4, 4, 8, 8)), SmallResNet(seed=2, widths=(4, 4, 8, 8))
+    before = model.state_dict()
+    optimizer = optim.Adam(model.parameters(), lr=0.01)
+    reference = optim.Adam(pure.parameters(), lr=0.01)
+    for step in range(6):
+        if step == 2:
+            assert model.to_torch().use_torch and model.stem.use_torch
+        if step == 4:
+            assert not model.to_numpy().use_torch
+        x, y = batch(size=8, seed=step)
+        for net, opt in ((model, optimizer), (pure, reference)):
+            convert = torch.from_numpy if net.use_torch else np.asarray
+            opt.zero_grad()
+            _, d = net.F.cross_entropy_loss(net.forward(convert(x)), convert(y))
+            net.backward(d)
+            opt.step()
+    for key, array in model.state_dict().items():
+        assert not np.array_equal(array, before[key]) or "running" in key
+        # Adam divides by the root of the squared gradient: where that is tiny, rounding moves a whole step of 0.01
+        np.testing.assert_allclose(array, pure.state_dict()[key], atol=5e-3, err_msg=key)
+    frozen = model.state_dict()
+    model.to_torch().to_numpy()
+    for key, array in model.state_dict().items():
+        assert array.tobytes() == frozen[key].tobytes()
+
+
+class Fork(Model):
+    """A custom model, wired by hand: two branches over one trunk, concatenated."""
+
+    def __init__(self):
+        super().__init__()
+        draw = np.random.default_rng(0)
+        self.trunk = L.Conv2d(3, 4, 3, padding=1, rng=draw)
+        self.left = L.Sequential(L.ReLU(), L.GlobalAvgPool2d())
+        self.right = L.Sequential(L.MaxPool2d(4), L.Flatten())
+        self.head = L.Linear(4 + 16, 10, rng=draw)
+
+    def forward(self, x):
+        h = self.trunk.forward(x)
+        return self.head.forward(np.concatenate([self.left.forward(h), self.right.forward(h)], axis=1))
+
+    def backward(self, dout):
+        d = self.head.backward(dout)
+        return self.trunk.backward(self.left.backward(d[:, :4]) + self.right.backward(np.ascontiguousarray(d[:, 4:])))
+
+
+def test_a_custom_model_with_hand_wired_backward():
+    model = Fork()
+    x, y = batch(size=8)
+    parameters = {name: torch.from_numpy(a.copy()).requires_grad_() for name, a in model.state_dict().items()}
+    tx = torch.from_numpy(x).requires_grad_()
+    h = nn.functional.conv2d(tx, parameters["trunk.weight"], parameters["trunk.bias"], padding=1)
+    both = torch.cat([h.relu().mean((2, 3)), nn.functional.max_pool2d(h, 4).flatten(1)], dim=1)
+    logits = both @ parameters["head.weight"].T + parameters["head.bias"]
+    nn.functional.cross_entropy(logits, torch.from_numpy(y)).backward()
+    model.skip_input_grad()  # must not touch a model that is not a plain chain
+    _, dlogits = cross_entropy_loss(model.forward(x), y)
+    np.testing.assert_allclose(model.backward(dlogits), tx.grad.numpy(), atol=1e-6)
+    for name, (_, grad) in model.named_parameters().items():
+        np.testing.assert_allclose(grad, parameters[name].grad.numpy(), atol=1e-5, err_msg=name)
+    optimizer = optim.SGD(model.parameters(), lr=0.05)
+    first, _ = cross_entropy_loss(model.forward(x), y)
+    for _ in range(20):
+        model.zero_grad()
+        loss, dlogits = cross_entropy_loss(model.forward(x), y)
+        model.backward(dlogits)
+        optimizer.step()
+    assert loss < first
+
+
+def test_the_flat_arrays_are_the_parameters():
+    model = SimpleCNN(in_channels=1, num_classes=3, image_size=8)
+    names = list(model.named_parameters())
+    assert names[:2] == ["features.0.weight", "features.0.bias"] and names[-1] == "classifier.bias"
+    model.flat_params[...] = np.arange(model.flat_params.size)
+    assert model.features.layers[0].params["bias"][0] == 32 * 9
+    for param, grad in model.parameters():
+        assert np.shares_memory(param, model.flat_params) and np.shares_memory(grad, model.flat_grads)
+    model.parameters()[0][1][...] = 1
+    assert model.flat_grads.sum() == 32 * 9
+    model.zero_grad()
+    assert not model.flat_grads.any()
+
+
+def test_skip_input_grad_changes_only_dx():
+    one, two = SimpleCNN(image_size=8), SimpleCNN(image_size=8)
+    two.skip_input_grad()
+    x, y = batch(size=8)
+    outputs = []
+    for model in (one, two):
+        _, dlogits = cross_entropy_loss(model.forward(x), y)
+        outputs.append(model.backward(dlogits))
+    assert outputs[0].shape == x.shape and outputs[1] is None
+    np.testing.assert_array_equal(one.flat_grads, two.flat_grads)
+
+
+def test_seeds_choose_the_weights():
+    assert SimpleCNN(seed=1).flat_params.tobytes() == SimpleCNN(seed=1).flat_params.tobytes()
+    assert SimpleCNN(seed=1).flat_params.tobytes() != SimpleCNN(seed=2).flat_params.tobytes()
+
+
+def test_load_state_dict_lists_all_that_does_not_fit_and_changes_nothing():
+    model = SimpleCNN()
+    state = model.state_dict()
+    before = model.flat_params.copy()
+    state["extra.weight"] = np.zeros(3)
+    del state["features.0.bias"]
+    state["classifier.weight"] = np.zeros((7, 7), np.float32)
+    state["features.3.bias"] += 1
+    with pytest.raises(ValueError) as error:
+        model.load_state_dict(state)
+    for part in ("missing features.0.bias (32,)", "unexpected extra.weight (3,)", "(7, 7), expected (10, 4096)"):
+        assert part in str(error.value)
+    np.testing.assert_array_equal(model.flat_params, before)
+
+
+def test_errors_name_the_layer_in_the_model():
+    model = SimpleCNN()
+    model.parameters()
+    with pytest.raises(ValueError, match=r"features\.0 Conv2d\(3, 32, 3.*got \(1, 1, 32, 32\)"):
+        model.forward(np.zeros((1, 1, 32, 32), np.float32))
+    with pytest.raises(ValueError, match="4x4 pixels"):
+        SimpleCNN(image_size=3)
+
+
+def test_a_missing_gpu_is_said_plainly():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="cuda"):
+        SimpleCNN().to_torch("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", MODELS)
+def test_gpu_equals_numpy(name):
+    model, twin = MODELS[name](seed=3), MODELS[name](seed=3)
+    stale = optim.SGD([pair for pair in model.parameters()], lr=0.1)
+    model.to_torch("cuda")
+    x, y = batch()
+    _, d = model.F.cross_entropy_loss(model.forward(torch.from_numpy(x).cuda()), torch.from_numpy(y).cuda())
+    model.backward(d)
+    _, d = cross_entropy_loss(twin.forward(x), y)
+    twin.backward(d)
+    # a GPU's float32 convolutions may round their inputs to TF32 (10 bits); scale by the largest gradient
+    scale = np.abs(twin.flat_grads).max()
+    np.testing.assert_allclose(model.flat_grads.cpu().numpy() / scale, twin.flat_grads / scale, atol=5e-3)
+    with pytest.raises(RuntimeError, match="no longer the model's"):
+        stale.step()

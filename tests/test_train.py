@@ -1,0 +1,310 @@
+"""Training as a whole: the number of ranks, threads, crashes and resumes change nothing but time.
+
+Runs on as many ranks as pytest does; the reference is always the same run on this process alone.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnmpi import checkpoint, layers, load_checkpoint
+from cnnmpi.data import Dataset, synthetic, write_hdf5
+from cnnmpi.distributed import Ranks, RemoteError, UserError
+from cnnmpi.models import MODELS, Model, SmallResNet
+from cnnmpi.train import Config, Trainer, evaluate
+from cnnmpi.train import config as settings
+
+SMALL = {"batch_size": 24, "shards": 4, "epochs": 2, "threads": 1, "seed": 5, "lr": 0.05, "warmup": 0.0, "crop": 4}
+
+
+def tiny(train=101, test=33) -> Dataset:
+    """16x16 images, of numbers that nothing divides."""
+    whole = synthetic(seed=3, train=train, test=test)
+    return dataclasses.replace(
+        whole, train_images=whole.train_images[:, :, ::2, ::2], test_images=whole.test_images[:, :, ::2, ::2]
+    )
+
+
+class DropoutNet(Model):
+    """Small, with everything that draws or keeps statistics."""
+
+    def __init__(self, in_channels=3, num_classes=10, image_size=16, seed=0):
+        super().__init__()
+        draw = np.random.default_rng(seed)
+        self.body = layers.Sequential(
+            layers.Conv2d(in_channels, 8, 3, 2, rng=draw), layers.BatchNorm(8), layers.ReLU(), layers.Dropout(0.3)
+        )
+        self.pool = layers.GlobalAvgPool2d()
+        self.drop = layers.Dropout(0.2)
+        self.head = layers.Linear(8, num_classes, rng=draw)
+
+
+class NarrowResNet(SmallResNet):
+    def __init__(self, **options):
+        super().__init__(**options, widths=(4, 6, 8, 10))
+
+
+@pytest.fixture(autouse=True)
+def test_models(monkeypatch):
+    monkeypatch.setitem(MODELS, "simplecnn", DropoutNet)
+    monkeypatch.setitem(MODELS, "smallresnet", NarrowResNet)
+
+
+@pytest.fixture
+def data(ranks, shared_tmp) -> str:
+    path = shared_tmp / "tiny.h5"
+    ranks.on_rank0(lambda: write_hdf5(path, tiny()))
+    return str(path)
+
+
+def train(out: Path, ranks: Ranks, **options) -> Trainer:
+    trainer = Trainer(Config(**{**SMALL, "out": out, **options}), ranks, named=set(options))
+    assert trainer.run() == 0
+    return trainer
+
+
+def state(trainer: Trainer) -> dict[str, bytes]:
+    """Everything that a run results in: weights, statistics, optimizer."""
+    arrays = {name: array.tobytes() for name, array in trainer.model.state_dict().items()}
+    for slot, values in trainer.optimizer.state.items():
+        arrays |= {f"{slot} {index}": np.asarray(value).tobytes() for index, value in enumerate(values)}
+    return arrays
+
+
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("model", ["simplecnn", "smallresnet"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_any_number_of_ranks_gives_the_bits_of_one(ranks, shared_tmp, tmp_path, data, model, optimizer):
+    options = {"model": model, "optimizer": optimizer, "data": data, "clip": 1.0}
+    together = train(shared_tmp / "together", ranks, **options)
+    alone = train(tmp_path / "alone", Ranks(), **options)
+    assert together.step == 2 * 5 and state(together) == state(alone)
+    if ranks.rank == 0:
+        ours, theirs = (
+            [json.loads(line) for line in (t.out / "metrics.jsonl").read_text().splitlines()] for t in (together, alone)
+        )
+        for mine, reference in zip(ours, theirs, strict=True):
+            for key in ("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr", "data"):
+                assert mine[key] == reference[key], key
+            assert mine["ranks"] == ranks.size
+        digests = [checkpoint.load(t.out / "last.h5")[1]["weights_sha256"] for t in (together, alone)]
+        assert digests[0] == digests[1] == checkpoint.weights_digest(together.model.state_dict())
+
+
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("stop", [0, 3, 5, 7])
+def test_resume_on_other_ranks_in_the_middle_of_an_epoch(ranks, shared_tmp, tmp_path, data, stop):
+    """Part on all ranks, part on one, and the reverse: all end as the undisturbed run does."""
+    whole = train(tmp_path / "whole", Ranks(), data=data)
+    first = train(shared_tmp / "run", ranks, data=data, max_steps=stop)
+    assert first.step == stop
+    ranks.barrier()
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "last.h5").write_bytes((shared_tmp / "run" / "last.h5").read_bytes())
+    if (shared_tmp / "run" / "metrics.jsonl").exists():
+        (copy / "metrics.jsonl").write_bytes((shared_tmp / "run" / "metrics.jsonl").read_bytes())
+    ranks.barrier()
+    alone = Trainer(Config(out=copy, resume="auto"), Ranks())
+    assert alone.step == stop and alone.run() == 0
+    assert state(alone) == state(whole)
+    together = Trainer(Config(out=shared_tmp / "run", resume="auto"), ranks)
+    assert together.run() == 0
+    assert state(together) == state(whole)
+    lines = [json.loads(line) for line in (alone.out / "metrics.jsonl").read_text().splitlines()]
+    whole_lines = [json.loads(line) for line in (whole.out / "metrics.jsonl").read_text().splitlines()]
+    for mine, reference in zip(lines, whole_lines, strict=True):
+        assert (mine["step"], mine["train_loss"], mine["test_acc"]) == (
+            reference["step"], reference["train_loss"], reference["test_acc"],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ["simplecnn", "smallresnet"])
+def test_threads_do_not_change_a_bit(tmp_path, data, model):
+    results = [state(train(tmp_path / str(t), Ranks(), data=data, model=model, threads=t)) for t in (1, 2, 3)]
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("batch_size, shards", [(101, 8), (500, 3), (1, 2), (7, 7)])
+def test_sizes_that_do_not_divide(tmp_path, data, batch_size, shards):
+    """Every sample counts once: the training counts of an epoch add up, whatever the sizes."""
+    trainer = Trainer(
+        Config(
+            **{**SMALL, "batch_size": batch_size, "shards": shards, "epochs": 1, "data": data, "out": tmp_path / "r"}
+        ),
+        Ranks(),
+    )
+    while trainer.step < trainer.last_step:
+        trainer.train_step()
+    assert trainer.epoch_counts[2] == 101
+
+
+@pytest.mark.parametrize("options", [{"backend": "torch"}, {"reduction": "float32"}, {"schedule": "step"}])
+def test_other_engines_reductions_and_schedules_train(tmp_path, data, options):
+    if options.get("backend") == "torch":
+        pytest.importorskip("torch")
+    reference = train(tmp_path / "a", Ranks(), data=data, schedule="constant", **({} if "schedule" in options else {}))
+    other = train(tmp_path / "b", Ranks(), data=data, **{"schedule": "constant", **options})
+    for key, array in other.model.state_dict().items():
+        if "schedule" not in options:
+            # ten steps of float32 arithmetic in another order
+            np.testing.assert_allclose(array, reference.model.state_dict()[key], rtol=1e-2, atol=1e-3, err_msg=key)
+        assert np.isfinite(array).all()
+
+
+@pytest.mark.mpi(min_size=1)
+def test_evaluation_counts_each_image_once(ranks, shared_tmp, data):
+    trainer = train(shared_tmp / "run", ranks, data=data, epochs=1)
+    images, labels = tiny().test_images, tiny().test_labels
+    options = {"classes": 10, "mean": trainer.mean, "std": trainer.std}
+    spread, alone = (evaluate(trainer.model, images, labels, **options, ranks=r) for r in (ranks, None))
+    assert spread.confusion.sum() == 33 and (spread.confusion == alone.confusion).all() and spread.loss == alone.loss
+    assert spread.confusion.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
+    assert spread.accuracy == np.trace(spread.confusion) / 33
+    assert trainer.model.training
+
+
+@pytest.mark.mpi(min_size=1)
+def test_a_stop_of_one_rank_stops_all_at_the_same_step_and_resumes_to_the_bit(ranks, shared_tmp, tmp_path, data):
+    whole = train(tmp_path / "whole", Ranks(), data=data)
+    trainer = Trainer(Config(**{**SMALL, "out": shared_tmp / "run", "data": data}), ranks)
+    original = trainer.loader.batch
+
+    def batch(step, shard):
+        if step == 6 and ranks.rank == ranks.size - 1:
+            trainer._on_signal(10, None)
+        return original(step, shard)
+
+    trainer.loader.batch = batch
+    assert trainer.run() == 75
+    assert ranks.gather(trainer.step) == [7] * ranks.size
+    resumed = Trainer(Config(out=shared_tmp / "run", resume="auto"), ranks)
+    assert resumed.step == 7 and resumed.run() == 0
+    assert state(resumed) == state(whole)
+
+
+def test_load_checkpoint_gives_the_trained_model(tmp_path, data):
+    trainer = train(tmp_path / "run", Ranks(), data=data)
+    model = load_checkpoint(tmp_path / "run" / "last.h5")
+    assert not model.training
+    assert model.info.classes == list(trainer.dataset.classes) and model.info.mean == list(trainer.mean)
+    x = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
+    trainer.model.eval()
+    np.testing.assert_array_equal(model.forward(x), trainer.model.forward(x))
+
+
+def test_synthetic_data_is_said_everywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cnnmpi.train.trainer.synthetic", lambda: tiny(40, 20))
+    train(tmp_path / "run", Ranks(), data="synthetic", epochs=1)
+    assert "SYNTHETIC" in capsys.readouterr().out
+    assert "SYNTHETIC" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["data"]
+    assert "SYNTHETIC" in checkpoint.load(tmp_path / "run" / "last.h5")[1]["data_source"]
+    assert 'data = "synthetic"' in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_an_earlier_run_is_moved_aside(tmp_path, data, capsys):
+    train(tmp_path / "run", Ranks(), data=data, max_steps=1)
+    first = (tmp_path / "run" / "last.h5").read_bytes()
+    train(tmp_path / "run", Ranks(), data=data, max_steps=2)
+    assert (tmp_path / "run.old-1" / "last.h5").read_bytes() == first
+    assert "was moved to" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, data, capsys):
+    whole = train(tmp_path / "whole", Ranks(), data=data)
+    run = tmp_path / "run"
+    train(run, Ranks(), data=data, max_steps=7, checkpoint_every=2)
+    blob = bytearray((run / "last.h5").read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (run / "last.h5").write_bytes(blob)
+    trainer = Trainer(Config(out=run, resume="auto"), Ranks())
+    assert "last.h5" in capsys.readouterr().out
+    assert trainer.step == 6 and trainer.run() == 0
+    assert state(trainer) == state(whole)
+    (run / "last.h5").write_bytes(blob)
+    (run / "previous.h5").write_bytes(blob)
+    with pytest.raises(UserError, match="no checkpoint in it is good"):
+        Trainer(Config(out=run, resume="auto"), Ranks())
+
+
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shards": 0}, "--shards must be at least 1"),
+        ({"lr": -1.0}, "--lr must be at least 0"),
+        ({"label_smoothing": 1.0}, "--label-smoothing must be below 1"),
+        ({"device": "cuda"}, "--device cuda needs --backend torch"),
+        ({"data": "nowhere.h5"}, "nowhere.h5"),
+        ({"resume": "nowhere.h5"}, "nowhere.h5"),
+    ],
+)
+def test_bad_settings_are_one_clear_error_on_all_ranks(ranks, shared_tmp, options, message):
+    with pytest.raises((UserError, RemoteError)) as error:
+        Trainer(Config(**{**SMALL, "out": shared_tmp / "run", **options}), ranks)
+    if ranks.rank == 0:
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_more_ranks_than_shards_says_which_value_to_use(ranks, shared_tmp):
+    with pytest.raises(UserError, match=f"--shards {ranks.size}"):
+        Trainer(Config(**{**SMALL, "shards": ranks.size - 1, "out": shared_tmp / "r"}), ranks)
+
+
+def test_resume_refuses_what_contradicts_the_checkpoint(tmp_path, data, ranks):
+    run = tmp_path / "run"
+    train(run, Ranks(), data=data, max_steps=1)
+    config = Config(out=run, resume="auto", lr=0.3, seed=1, shards=4)
+    with pytest.raises(UserError) as error:
+        Trainer(config, Ranks(), named={"lr", "seed", "shards"})
+    text = str(error.value)
+    assert "--lr 0.3 (the run has 0.05)" in text and "--seed 1 (the run has 5)" in text and "--shards" not in text
+    write_hdf5(tmp_path / "other.h5", tiny(90, 30))
+    with pytest.raises(UserError, match="other data"):
+        Trainer(Config(out=run, resume="auto", data=str(tmp_path / "other.h5")), Ranks(), named={"data"})
+
+
+def test_a_diverging_run_stops_with_finite_weights(tmp_path, data):
+    trainer = Trainer(
+        Config(**{**SMALL, "data": data, "out": tmp_path / "r", "lr": 1e30, "schedule": "constant"}), Ranks()
+    )
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(UserError, match=r"step \d+, shard \d+: the gradient of .* is not finite"),
+    ):
+        trainer.run()
+    # the step that could not be taken changed nothing
+    before = trainer.model.flat_params.copy()
+    with np.errstate(all="ignore"), pytest.raises(UserError):
+        trainer.train_step()
+    np.testing.assert_array_equal(trainer.model.flat_params, before)
+
+
+def test_the_configuration_round_trips_through_toml(tmp_path):
+    config = settings.resolve(Config(model="smallresnet", lr=0.25, flip=False, max_steps=7, data="x y.h5"))
+    path = tmp_path / "c.toml"
+    path.write_text(settings.to_toml(config))
+    parsed, named = settings.parse(["--config", str(path)])
+    assert settings.resolve(parsed) == config and {"lr", "flip", "max_steps"} <= named
+    parsed, named = settings.parse(["--config", str(path), "--lr", "0.5", "--resume", "--epochs=3"])
+    assert (parsed.lr, parsed.epochs, parsed.resume) == (0.5, 3, "auto") and "resume" in named
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lr = 'fast'", "wrong kind"),
+        ("learning_rate = 0.1", "'learning_rate' is not a setting"),
+        ("model = 'vgg'", "wrong kind"),
+        ("lr = ", "not a TOML file"),
+    ],
+)
+def test_a_bad_toml_file_is_refused_by_key(tmp_path, text, message):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        settings.parse(["--config", str(path)])
