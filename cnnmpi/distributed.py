@@ -171,7 +171,7 @@ def _affinity() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
-# -- start and end -------------------------------------------------------------------------------------------------------
+# -- start and end ------------------------------------------------------------------------------------------------------
 
 
 def start() -> Ranks:
@@ -204,7 +204,7 @@ def start() -> Ranks:
 
 
 def _install_hooks(ranks: Ranks) -> None:
-    """Let an exception that nobody catches, on any thread, end all ranks: else the others wait for this one for ever."""
+    """Let an exception that nobody catches, on any thread, end all ranks: else the others wait for ever."""
 
     def on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         _explain(ranks, error)
@@ -255,7 +255,7 @@ def failing_together(ranks: Ranks) -> Iterator[None]:
         ranks.abort(code)
 
 
-# -- the gradient reduction ----------------------------------------------------------------------------------------------
+# -- the gradient reduction ---------------------------------------------------------------------------------------------
 
 
 class Reducer:
@@ -269,6 +269,7 @@ class Reducer:
         shards: how many shards there are on all ranks together.
         sizes: of the 1-D arrays of a shard.
         names: (name, size) of the consecutive pieces of the first array, to say where a value is bad.
+
     """
 
     dtype: Any = np.float32

@@ -42,6 +42,7 @@ def run(
         data: auto, cifar10, synthetic, an HDF5 file, or a CIFAR archive.
         split: which images.
         threads: threads to compute with; 0 uses all cores.
+
     """
     model = load_checkpoint(checkpoint)
     ranks = Ranks()

@@ -1,7 +1,7 @@
 """The layers: each holds parameters and the cache of its last forward pass; the mathematics is in ``functional``.
 
-A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after ``to_torch()``, ``cnnmpi.functional_torch``.
-No layer writes into its input or its ``dout``. Options and shapes are those of torch.nn.
+A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after ``to_torch()``, its twin
+``cnnmpi.functional_torch``. No layer writes into its input or its ``dout``. Options and shapes are those of torch.nn.
 """
 
 from collections.abc import Iterator

@@ -3,7 +3,7 @@
 ``SimpleCNN`` and ``SmallResNet`` are the reference models; ``MODELS`` maps their command-line names to their classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -271,4 +271,4 @@ class SmallResNet(Model):
         self.classifier = Linear(third, num_classes, rng=rng)
 
 
-MODELS: dict[str, type[Model]] = {"simplecnn": SimpleCNN, "smallresnet": SmallResNet}
+MODELS: dict[str, Callable[..., Model]] = {"simplecnn": SimpleCNN, "smallresnet": SmallResNet}

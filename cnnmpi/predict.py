@@ -42,6 +42,7 @@ def run(
         checkpoint: a checkpoint of cnnmpi.train.
         images: PNG or JPEG files of any size; cut to the middle and scaled to the size the model knows.
         top: how many classes to print.
+
     """
     if not images:
         raise UserError("name at least one image")

@@ -17,7 +17,7 @@ excepthook = sys.excepthook
 RANKS = start()
 sys.excepthook = excepthook  # pytest reports exceptions itself
 if RANKS.rank > 0:
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one report is enough; failures go to stderr
+    sys.stdout = Path(os.devnull).open("w")  # one report is enough; failures go to stderr
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_five_steps_equal_torch_autograd(name, engine):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_engines_agree_in_float32(name):
-    """One step: apart from rounding, a value at the kink of a ReLU or pool may fall on its other side: 1 % of the norm."""
+    """One step. Besides rounding, a value at the kink of a ReLU or pool may fall on its other side: 1 % of the norm."""
     grads = []
     for engine in ("numpy", "torch"):
         model = MODELS[name](seed=3)
@@ -267,7 +267,7 @@ def test_a_missing_gpu_is_said_plainly():
 @pytest.mark.parametrize("name", MODELS)
 def test_gpu_equals_numpy(name):
     model, twin = MODELS[name](seed=3), MODELS[name](seed=3)
-    stale = optim.SGD([pair for pair in model.parameters()], lr=0.1)
+    stale = optim.SGD(list(model.parameters()), lr=0.1)
     model.to_torch("cuda")
     x, y = batch()
     _, d = model.F.cross_entropy_loss(model.forward(torch.from_numpy(x).cuda()), torch.from_numpy(y).cuda())

@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cnnmpi.data: error: {error}", file=sys.stderr)
         return 2
     print(
-        f"{command.out}: {dataset.source}, {len(dataset.train_labels)} train and {len(dataset.test_labels)} test images, "
-        f"{len(dataset.classes)} classes, sha256 {dataset.sha256}"
+        f"{command.out}: {dataset.source}, {len(dataset.train_labels)} train and "
+        f"{len(dataset.test_labels)} test images, {len(dataset.classes)} classes, sha256 {dataset.sha256}"
     )
     return 0
 

@@ -46,7 +46,7 @@ class Dataset:
         for _, images, labels in self._parts():
             sha.update(json.dumps(images.shape).encode())
             for block in blocks(0, len(images)):
-                sha.update(nhwc(images[block]))
+                sha.update(nhwc(images[block]).data)
             sha.update(labels.astype("<i8").tobytes())
         return sha.hexdigest()
 

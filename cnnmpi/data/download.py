@@ -28,7 +28,8 @@ def download_cifar10(folder: Path) -> Path:
             downloader = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=TIMEOUT)
             return Path(pooch.retrieve(URL, f"sha256:{SHA256}", fname=name, path=folder, downloader=downloader))
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
-        reason = " ".join(str(error).split())[:200]
+        text = " ".join(str(error).split())
+        reason = "no connection" if "Max retries" in text else text[:200]
         raise DownloadError(
             f"{URL} could not be downloaded ({type(error).__name__}: {reason}); "
             f"fetch it on a machine with network access and put it in {folder}"
@@ -41,7 +42,7 @@ class ProgressBar:
     def __init__(self, title: str) -> None:
         columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task(title, total=None)
+        self._task = self._progress.add_task(title, total=None, visible=False)
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()
@@ -57,7 +58,7 @@ class ProgressBar:
 
     @total.setter
     def total(self, size: int) -> None:
-        self._progress.update(self._task, total=size or None)
+        self._progress.update(self._task, total=size or None, visible=True)
 
     def update(self, count: int) -> None:
         """Count further bytes."""

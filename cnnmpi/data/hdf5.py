@@ -1,12 +1,13 @@
 """A data set as an HDF5 file: /train/images uint8 (N, C, H, W), /train/labels, /test/images, /test/labels.
 
-The root's attributes are ``classes``, ``source`` and ``sha256``. Images are stored in chunks of about 1 MB with a checksum
-each (fletcher32), uncompressed, so that any part is quick to read. Files are read with distrust: what HDF5 can use
-to reach outside a file, or to claim more than a file holds, is refused by name before anything is allocated.
+The root's attributes are ``classes``, ``source`` and ``sha256``. Images are stored in chunks of about 1 MB with a
+checksum each (fletcher32), uncompressed, so that any part is quick to read. Files are read with distrust: what HDF5 can
+use to reach outside a file, or to claim more than a file holds, is refused by name before anything is allocated.
 """
 
 import contextlib
 import errno
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -126,9 +127,11 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "r", locking=False) as file:
             yield file
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"{path}: truncated, damaged or not readable HDF5: {_reason(error)}") from error
 
 
@@ -149,14 +152,22 @@ def _open(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
         raise DataError(f"{path}: refused: {name} has external storage, in other files")
     if node.shape is None:
         raise DataError(f"{path}: {name} is empty")
-    declared, stored, held = node.size * node.dtype.itemsize, node.id.get_storage_size(), path.stat().st_size
-    ratio = LARGEST_RATIO if node.compression or node.id.get_create_plist().get_nfilters() > 1 else 1
-    chunk = int(np.prod(node.chunks, dtype=object)) * node.dtype.itemsize if node.chunks else 0
-    if declared > min(LARGEST, stored * ratio) or stored > held or chunk > LARGEST_CHUNK:
-        raise DataError(
-            f"{path}: refused: {name} declares {declared} bytes in a file that holds {min(stored, held)} of them"
-        )
+    _check_size(f"{path}: refused: {name}", node, path.stat().st_size)
     return node
+
+
+def _check_size(name: str, node: h5py.Dataset, file_size: int) -> None:
+    """Raise DataError if more is declared than is stored, or than anyone would want to allocate."""
+    properties = node.id.get_create_plist()
+    filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
+    ratio = LARGEST_RATIO if filters - {h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_SHUFFLE} else 1
+    declared, stored = math.prod(node.shape) * node.dtype.itemsize, node.id.get_storage_size()
+    if stored > file_size:
+        raise DataError(f"{name} claims {stored} stored bytes in a file of {file_size}")
+    if declared > min(LARGEST, stored * ratio):
+        raise DataError(f"{name} declares {declared} bytes but stores {stored}")
+    if math.prod(node.chunks or ()) * node.dtype.itemsize > LARGEST_CHUNK:
+        raise DataError(f"{name} has chunks of more than {LARGEST_CHUNK} bytes")
 
 
 def _attributes(path: Path, file: h5py.File) -> tuple[tuple[str, ...], str, str]:

@@ -65,8 +65,8 @@ class DataLoader:
     def batch(self, step: int, shard: int | None = None) -> tuple[Array, Array]:
         """Return images float32 (n, C, H, W), channels-last in memory, and labels int64 (n,).
 
-        ``step`` counts from the beginning of the run. ``shard`` chooses one of the parts into which np.array_split would
-        cut the batch, possibly an empty one; None means the whole batch.
+        ``step`` counts from the beginning of the run. ``shard`` chooses one of the parts into which np.array_split
+        would cut the batch, possibly an empty one; None means the whole batch.
         """
         if step < 0 or not (shard is None or 0 <= shard < self.shards):
             raise ValueError(f"DataLoader: no batch at step {step}, shard {shard} of {self.shards}")
@@ -79,7 +79,8 @@ class DataLoader:
         if flip is not None:
             x = random_horizontal_flip(x, flip[samples])
         if crop is not None:
-            x = random_crop(x, *crop[:, samples], self.crop_padding)
+            top, left = crop[:, samples]
+            x = random_crop(x, top, left, self.crop_padding)
         return self._finish(x), self._y[samples].astype(np.int64)
 
     def _finish(self, x: Array) -> Array:

@@ -6,6 +6,7 @@ are used (+ - * / sqrt floor), so that a seed gives the same bytes on every mach
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +15,12 @@ from cnnmpi.rng import generator
 
 SIZE = 32
 NOISE = 40  # uniform in -NOISE..NOISE grey levels
-Draw = Callable[[Array, Array, Array, Array], Array]
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Form = Callable[[Floats, Floats, Floats, Floats], Floats]
 
 
 def synthetic(seed: int = 0, train: int = 10000, test: int = 2000) -> Dataset:
-    """Return ``train`` + ``test`` drawn images of ten classes, (N, 3, 32, 32), as equally frequent as the counts allow."""
+    """Return ``train`` + ``test`` drawn images (N, 3, 32, 32) of ten classes, equally frequent up to one image."""
     train_images, train_labels = _draw_images(generator(seed, "synthetic", 0), train)
     test_images, test_labels = _draw_images(generator(seed, "synthetic", 1), test)
     source = f"SYNTHETIC (seed {seed}), not real images"
@@ -36,7 +38,7 @@ def _draw_images(random: np.random.Generator, count: int) -> tuple[Array, Array]
     return nchw(images), labels
 
 
-def _cover(random: np.random.Generator, form: Draw, n: int) -> Array:
+def _cover(random: np.random.Generator, form: Form, n: int) -> Floats:
     """Return how much of each pixel the form covers, in 0..1, for ``n`` random places, sizes and angles: (n, H, W)."""
     x0, y0 = random.uniform(10, 22, (2, n, 1, 1)).astype(np.float32)
     radius = random.uniform(6, 11, (n, 1, 1)).astype(np.float32)
@@ -46,15 +48,16 @@ def _cover(random: np.random.Generator, form: Draw, n: int) -> Array:
     length = np.sqrt(1 + tilt * tilt)
     u = ((x - x0) + tilt * (y - y0)) / length
     v = ((y - y0) - tilt * (x - x0)) / length
-    return np.clip(form(u, v, radius, phase) + np.float32(0.5), 0, 1)
+    cover: Floats = np.clip(form(u, v, radius, phase) + np.float32(0.5), 0, 1)
+    return cover
 
 
-def _paint(random: np.random.Generator, cover: Array) -> Array:
+def _paint(random: np.random.Generator, cover: Floats) -> Array:
     """Return uint8 (n, H, W, 3): two random colours that differ in every channel, and noise."""
     n = len(cover)
-    back = random.integers(0, 256, (n, 3))
-    front = (back + random.integers(64, 193, (n, 3))) % 256
-    back, front = back.astype(np.float32)[:, None, None], front.astype(np.float32)[:, None, None]
+    levels = random.integers(0, 256, (n, 1, 1, 3))
+    back = levels.astype(np.float32)
+    front = ((levels + random.integers(64, 193, (n, 1, 1, 3))) % 256).astype(np.float32)
     pixels = back + (front - back) * cover[..., None]
     pixels += random.integers(-NOISE, NOISE + 1, pixels.shape, np.int8)
     return np.clip(pixels, 0, 255).astype(np.uint8)
@@ -64,61 +67,67 @@ def _paint(random: np.random.Generator, cover: Array) -> Array:
 # to its middle, a radius r of about 6 to 11, and a phase in 0..1 for what repeats.
 
 
-def _circle(u: Array, v: Array, r: Array, phase: Array) -> Array:
+def _circle(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
     return r - np.sqrt(u * u + v * v)
 
 
-def _square(u: Array, v: Array, r: Array, phase: Array) -> Array:
+def _square(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
     return r - np.maximum(np.abs(u), np.abs(v))
 
 
-def _triangle(u: Array, v: Array, r: Array, phase: Array) -> Array:
-    return np.minimum(r - v, (v + r - 2 * np.abs(u)) * np.float32(0.447))  # 0.447: of length 1, as all distances
+def _triangle(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
+    inside: Floats = np.minimum(
+        r - v, (v + r - 2 * np.abs(u)) * np.float32(0.447)
+    )  # 0.447: of length 1, as all distances
+    return inside
 
 
-def _cross(u: Array, v: Array, r: Array, phase: Array) -> Array:
+def _cross(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
     u, v = np.abs(u), np.abs(v)
-    return np.minimum(r - np.maximum(u, v), r * np.float32(0.3) - np.minimum(u, v))
+    inside: Floats = np.minimum(r - np.maximum(u, v), r * np.float32(0.3) - np.minimum(u, v))
+    return inside
 
 
-def _ring(u: Array, v: Array, r: Array, phase: Array) -> Array:
-    return r * np.float32(0.2) - np.abs(r * np.float32(0.8) - np.sqrt(u * u + v * v))
+def _ring(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
+    inside: Floats = r * np.float32(0.2) - np.abs(r * np.float32(0.8) - np.sqrt(u * u + v * v))
+    return inside
 
 
-def _repeat(t: Array, period: Array, phase: Array) -> Array:
+def _repeat(t: Floats, period: Floats, phase: Floats) -> Floats:
     """Return the distance of ``t``, with its sign, from the nearest of the points that repeat with ``period``."""
     turns = t / period + phase
-    return period * (turns - np.floor(turns) - np.float32(0.5))
+    inside: Floats = period * (turns - np.floor(turns) - np.float32(0.5))
+    return inside
 
 
-def _stripes(t: Array, period: Array, phase: Array) -> Array:
+def _stripes(t: Floats, period: Floats, phase: Floats) -> Floats:
     return period * np.float32(0.25) - np.abs(_repeat(t, period, phase))
 
 
-def _horizontal(u: Array, v: Array, r: Array, phase: Array) -> Array:
+def _horizontal(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
     return _stripes(v, r, phase)
 
 
-def _vertical(u: Array, v: Array, r: Array, phase: Array) -> Array:
+def _vertical(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
     return _stripes(u, r, phase)
 
 
-def _diagonal(u: Array, v: Array, r: Array, phase: Array) -> Array:
+def _diagonal(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
     side = np.where(phase < 0.5, np.float32(0.707), np.float32(-0.707))  # rising or falling
     return _stripes(u * np.float32(0.707) + v * side, r, phase)
 
 
-def _checkerboard(u: Array, v: Array, r: Array, phase: Array) -> Array:
+def _checkerboard(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
     across, down = _stripes(u, r, phase), _stripes(v, r, phase)
     return np.minimum(np.abs(across), np.abs(down)) * np.sign(across) * np.sign(down)
 
 
-def _dots(u: Array, v: Array, r: Array, phase: Array) -> Array:
+def _dots(u: Floats, v: Floats, r: Floats, phase: Floats) -> Floats:
     across, down = _repeat(u, r, phase), _repeat(v, r, phase)
     return r * np.float32(0.3) - np.sqrt(across * across + down * down)
 
 
-FORMS: dict[str, Draw] = {
+FORMS: dict[str, Form] = {
     "circle": _circle,
     "square": _square,
     "triangle": _triangle,

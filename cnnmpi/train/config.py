@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
 import tyro
 
 from cnnmpi.distributed import UserError
-from cnnmpi.models import MODELS
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def resolve(config: Config) -> Config:
     if config.optimizer in ("adam", "adamw"):
         recipe["lr"] = ADAM_LR
     filled = {key: value for key, value in recipe.items() if getattr(config, key) is None}
-    config = dataclasses.replace(config, **filled, out=config.out or Path("runs") / f"{config.model}-{config.seed}")
+    config = dataclasses.replace(config, **filled, out=Path(config.out or f"runs/{config.model}-{config.seed}"))
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
         "warmup": 0, "label_smoothing": 0, "clip": 0, "crop": 0, "seed": 0, "threads": 0, "checkpoint_every": 0,

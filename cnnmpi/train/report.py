@@ -45,7 +45,7 @@ class Report:
         """Print an epoch's line and append it to metrics.jsonl."""
         if self.silent:
             return
-        with open(self.folder / METRICS, "a") as file:
+        with (self.folder / METRICS).open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         self.line(
             "epoch {epoch}  step {step}  train loss {train_loss:.4f} acc {train_acc:.4f}  test loss {test_loss:.4f} "

@@ -36,7 +36,11 @@ def unpack(arrays: Arrays, model: Model, optimizer: Optimizer | None = None) -> 
         names = list(model.named_parameters())
         for slot, states in optimizer.state.items():
             saved = _below(f"optimizer/{slot}/", arrays)
-            wrong = [name for name, s in zip(names, states, strict=True) if np.shape(saved.get(name)) != tuple(s.shape)]
+            wrong = [
+                name
+                for name, s in zip(names, states, strict=True)
+                if name not in saved or saved[name].shape != tuple(s.shape)
+            ]
             if wrong:
                 raise ValueError(f"the optimizer's {slot} is missing or of another shape for {', '.join(wrong)}")
             for name, state in zip(names, states, strict=True):

@@ -352,7 +352,7 @@ def _find_checkpoint(config: Config, say: Any) -> tuple[Path, Any, dict[str, Any
     """Return the checkpoint that --resume means, or None for auto where there is none; on rank 0."""
     with _as_user_errors():
         if config.resume == "auto":
-            folder = resolve(dataclasses.replace(config, max_steps=None)).out
+            folder = resolve(config).out
             assert folder is not None
             found = newest(folder, say)
             if found is None:

@@ -1,0 +1,677 @@
+"""Archives, HDF5 files, synthetic images, the rule of --data, augmentation and the loader."""
+
+import gzip
+import io
+import os
+import pickle
+import sys
+import tarfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from cnnmpi.data import (
+    DataError,
+    DataLoader,
+    Dataset,
+    find_data,
+    load_cifar10,
+    normalize,
+    random_crop,
+    random_horizontal_flip,
+    read_archive,
+    read_hdf5,
+    statistics,
+    synthetic,
+    write_hdf5,
+)
+from cnnmpi.data import __main__ as command
+from cnnmpi.data import find as find_module
+from cnnmpi.data.archive import LAYOUTS
+from cnnmpi.data.download import DownloadError
+
+NAMES = {10: [f"class {i}" for i in range(10)], 100: [f"fine {i}" for i in range(100)]}
+LAYOUT_IDS = [layout.folder for layout in LAYOUTS]
+CIFAR10 = Path(__file__).parents[1] / "data" / "cifar10.h5"
+
+
+def channels_last(images):
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+
+def tiny(train=23, test=7, shape=(3, 32, 32), classes=10, seed=0):
+    random = np.random.default_rng(seed)
+    arrays = []
+    for n in (train, test):
+        arrays.append(channels_last(random.integers(0, 256, (n, *shape), np.uint8)))
+        arrays.append(random.integers(0, classes, n))
+    return Dataset(*arrays, tuple(f"class {i}" for i in range(classes)), "tiny")
+
+
+def equal(a, b):
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name)) and getattr(a, name).dtype == getattr(b, name).dtype
+        for name in ("train_images", "train_labels", "test_images", "test_labels")
+    )
+
+
+def batch_of(layout, images, labels):
+    """What a file of this version holds: bytes as published."""
+    rows = np.ascontiguousarray(images).reshape(len(images), -1)
+    if layout.label_bytes:
+        coarse = np.full((len(labels), layout.label_bytes - 1), 99, np.uint8)
+        return np.hstack([coarse, labels[:, None].astype(np.uint8), rows]).tobytes()
+    return pickle.dumps({b"data": rows, layout.label.encode(): labels.tolist(), b"filenames": []}, protocol=2)
+
+
+def members_of(layout, dataset):
+    """All files of a tiny archive of this version."""
+    parts = np.array_split(np.arange(len(dataset.train_labels)), len(layout.train))
+    members = {
+        file: batch_of(layout, dataset.train_images[part], dataset.train_labels[part])
+        for file, part in zip(layout.train, parts, strict=True)
+    }
+    members[layout.test[0]] = batch_of(layout, dataset.test_images, dataset.test_labels)
+    names = [name.encode() for name in dataset.classes]
+    key = layout.label.removesuffix("s").encode() + b"_names"
+    members[layout.names] = b"\n".join([*names, b""]) if layout.label_bytes else pickle.dumps({key: names}, protocol=2)
+    return members
+
+
+def write_tar(path, folder, members, extra=()):
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as tar:
+        for info in extra:
+            tar.addfile(info)
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(params=LAYOUTS, ids=LAYOUT_IDS)
+def layout(request):
+    return request.param
+
+
+PYTHON, BINARY = LAYOUTS[:2]
+
+
+# ---- archives
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tar", ""])
+def test_archive_to_hdf5_and_back_is_equal_in_every_byte(tmp_path, layout, suffix):
+    wanted = tiny(classes=100 if "100" in layout.folder else 10)
+    members = members_of(layout, wanted)
+    if suffix:
+        path = write_tar(tmp_path / f"a{suffix}", layout.folder, members)
+    else:
+        path = tmp_path / "extracted"
+        (path / layout.folder).mkdir(parents=True)
+        for name, content in members.items():
+            (path / layout.folder / name).write_bytes(content)
+        assert equal(read_archive(path / layout.folder), wanted)
+    read = read_archive(path)
+    assert equal(read, wanted) and read.classes == wanted.classes
+    assert read.train_images.transpose(0, 2, 3, 1).flags.c_contiguous
+    assert len(read.sha256) == 64 and read.source == layout.title
+
+    write_hdf5(tmp_path / "a.h5", read)
+    again = read_hdf5(tmp_path / "a.h5")
+    assert equal(again, wanted) and again.digest() == read.digest() == wanted.digest()
+    assert (again.classes, again.source, again.sha256) == (read.classes, read.source, read.sha256)
+    assert again.train_images.transpose(0, 2, 3, 1).flags.c_contiguous
+
+
+class Payload:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
+    target = tmp_path / "executed"
+    members = members_of(PYTHON, tiny())
+    members["data_batch_3"] = pickle.dumps({b"data": Payload(target), b"labels": [0]})
+    path = write_tar(tmp_path / "evil.tar.gz", PYTHON.folder, members)
+    with pytest.raises(DataError, match=r"data_batch_3: refused: the pickle asks for (posix|nt)\.system"):
+        read_archive(path)
+    assert not target.exists()
+    pickle.loads(members["data_batch_3"])  # the payload does work where it is let
+    assert target.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "match"),
+    [
+        (tarfile.SYMTYPE, "data_batch_1", "link or a device"),
+        (tarfile.LNKTYPE, "x", "link or a device"),
+        (tarfile.CHRTYPE, "x", "link or a device"),
+        (tarfile.FIFOTYPE, "x", "link or a device"),
+        (tarfile.REGTYPE, "../x", "outside"),
+        (tarfile.REGTYPE, "/x", "outside"),
+        (tarfile.REGTYPE, "other/data_batch_1.bin", "twice"),
+    ],
+)
+def test_a_tar_that_points_elsewhere_is_refused(tmp_path, kind, name, match):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd"
+    path = write_tar(tmp_path / "evil.tar", BINARY.folder, members_of(BINARY, tiny()), [info])
+    with pytest.raises(DataError, match=match) as caught:
+        read_archive(path)
+    assert "evil.tar" in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".tar"])
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.9])
+def test_a_truncated_archive_is_refused(tmp_path, layout, suffix, part):
+    dataset = tiny(classes=100 if "100" in layout.folder else 10)
+    path = write_tar(tmp_path / f"a{suffix}", layout.folder, members_of(layout, dataset))
+    content = path.read_bytes()
+    if suffix == ".tar":
+        content = content.rstrip(b"\0")  # or only padding would be cut
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(DataError, match=r"a\.tar"):
+        read_archive(path)
+
+
+def test_damaged_members_are_refused_by_name(tmp_path):
+    def message(layout, **changed):
+        members = members_of(layout, tiny()) | {name.replace("__", "."): value for name, value in changed.items()}
+        path = write_tar(tmp_path / "a.tar", layout.folder, {k: v for k, v in members.items() if v is not None})
+        with pytest.raises(DataError) as caught:
+            read_archive(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    good = tiny()
+    assert "data_batch_2.bin: 3072 bytes" in message(BINARY, data_batch_2__bin=bytes(3072))
+    assert "test_batch.bin missing" in message(BINARY, test_batch__bin=None)
+    assert "labels must lie in 0..9, got 0..200" in message(
+        BINARY, test_batch__bin=batch_of(BINARY, good.test_images[:2], np.array([0, 200]))
+    )
+    assert "data_batch_2: truncated or damaged pickle" in message(PYTHON, data_batch_2=b"\x80\x02}q")
+    assert "data_batch_2: expected a pickled dict" in message(PYTHON, data_batch_2=pickle.dumps([1]))
+    assert "data_batch_2: expected 'data'" in message(PYTHON, data_batch_2=pickle.dumps({"data": 1, "labels": []}))
+    wrong = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]})
+    assert "data_batch_2: 2 images but 1 labels" in message(PYTHON, data_batch_2=wrong)
+    assert "expected 'labels'" in message(PYTHON, data_batch_2=wrong.replace(b"labels", b"lebals"))
+    (tmp_path / "text.tar.gz").write_bytes(gzip.compress(b"no tar"))
+    for name in ("text.tar.gz", "absent.tar.gz"):
+        with pytest.raises(DataError, match=name):
+            read_archive(tmp_path / name)
+
+
+# ---- HDF5
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_processes_that_share_memory_read_a_file_together(tmp_path, parts):
+    dataset = tiny(train=2501, test=5, shape=(1, 6, 4), classes=3)
+    write_hdf5(tmp_path / "d.h5", dataset)
+    shared, calls = {}, []
+    for i in range(parts):
+        made = []
+
+        def empty(shape, dtype, made=made):
+            made.append((shape, dtype))
+            return shared.setdefault(len(made), np.full(shape, 77, dtype))
+
+        last = read_hdf5(tmp_path / "d.h5", part=(i, parts), empty=empty)
+        calls.append(made)
+        assert equal(last, dataset) == (i == parts - 1)  # complete only when the last part is there
+    assert all(made == calls[0] for made in calls)
+    assert calls[0][0] == ((2501, 6, 4, 1), np.uint8) and calls[0][3] == ((5,), np.int64)
+    assert np.shares_memory(last.train_images, shared[1])
+
+
+def test_a_file_with_compression_and_other_integers_can_be_read(tmp_path):
+    dataset = tiny(shape=(2, 5, 5))
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        for name in ("train", "test"):
+            images, labels = getattr(dataset, f"{name}_images"), getattr(dataset, f"{name}_labels")
+            file.create_dataset(f"{name}/images", data=images, compression="gzip", shuffle=True)
+            file[f"{name}/labels"] = labels.astype(">u2")
+        file.attrs["classes"] = list(dataset.classes)
+    assert equal(read_hdf5(tmp_path / "d.h5"), dataset)
+
+
+def soft_link(file, folder):
+    file.move("train", "elsewhere")
+    file["train"] = h5py.SoftLink("/elsewhere")
+
+
+def external_link(file, folder):
+    write_hdf5(folder / "other.h5", tiny())
+    del file["test/images"]
+    file["test/images"] = h5py.ExternalLink("other.h5", "/test/images")
+
+
+def virtual_dataset(file, folder):
+    layout = h5py.VirtualLayout((7, 3, 32, 32), np.uint8)
+    layout[:] = h5py.VirtualSource("other.h5", "test/images", (7, 3, 32, 32))
+    del file["test/images"]
+    file.create_virtual_dataset("test/images", layout)
+
+
+def external_storage(file, folder):
+    (folder / "raw").write_bytes(bytes(7 * 3072))
+    del file["test/images"]
+    file.create_dataset("test/images", (7, 3, 32, 32), np.uint8, external=[(str(folder / "raw"), 0, 7 * 3072)])
+
+
+def replace(name, **how):
+    def change(file, folder):
+        del file[name]
+        file.create_dataset(name, **how)
+
+    return change
+
+
+def contiguous_terabyte(file, folder):
+    del file["train/images"]
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_INCR)
+    space = h5py.h5s.create_simple((23, 3, 1 << 17, 1 << 17))
+    h5py.h5d.create(file["train"].id, b"images", h5py.h5t.NATIVE_UINT8, space, properties)
+
+
+def no_classes(file, folder):
+    del file.attrs["classes"]
+
+
+IMAGES = np.zeros((7, 3, 32, 32), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (soft_link, "refused: train/images is reached by a soft or external link"),
+        (external_link, "refused: test/images is reached by a soft or external link"),
+        (virtual_dataset, "refused: test/images is a virtual dataset"),
+        (external_storage, "refused: test/images has external storage"),
+        (contiguous_terabyte, r"refused: train/images declares \d{13} bytes"),
+        (
+            replace(
+                "train/images", shape=(1 << 30, 3, 32, 32), dtype=np.uint8, chunks=(1, 3, 32, 32), compression="gzip"
+            ),
+            r"refused: train/images declares \d{13} bytes but stores 0",
+        ),
+        (replace("test/images", data=IMAGES.astype(np.int8)), "test images must be uint8, got int8"),
+        (replace("test/images", data=IMAGES[0]), "test needs images"),
+        (replace("test/images", data=IMAGES[:6]), "test has 6 images but 7 labels"),
+        (replace("test/images", data=IMAGES[:, :1]), r"train images are \(3, 32, 32\) but test images \(1, 32, 32\)"),
+        (replace("test/labels", data=np.zeros(7)), "test labels must be integers, got float64"),
+        (replace("test/labels", data=np.full(7, 10)), r"test labels must lie in 0\.\.9, got 10\.\.10"),
+        (replace("train/labels", data=np.full(23, -1)), r"train labels must lie in 0\.\.9, got -1\.\.-1"),
+        (no_classes, "attribute classes"),
+        (lambda file, folder: file.pop("test/images"), "test/images is missing"),
+        (lambda file, folder: file.attrs.update(classes=[1, 2]), "attribute classes"),
+    ],
+)
+def test_a_hostile_or_wrong_hdf5_file_is_refused_before_anything_is_allocated(tmp_path, change, match):
+    path = tmp_path / "d.h5"
+    write_hdf5(path, tiny())
+    with h5py.File(path, "r+") as file:
+        change(file, tmp_path)
+    allocated = []
+
+    def empty(shape, dtype):
+        allocated.append(shape)
+        return np.empty(shape, dtype)
+
+    with pytest.raises(DataError, match=match) as caught:
+        read_hdf5(path, empty=empty)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert not allocated or "lie in" in match
+
+
+def test_a_truncated_or_altered_hdf5_file_is_refused(tmp_path):
+    path = tmp_path / "d.h5"
+    write_hdf5(path, tiny())
+    content = path.read_bytes()
+    for size in (0, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(DataError, match=r"d\.h5"):
+            read_hdf5(path)
+    at = content.index(np.ascontiguousarray(tiny().train_images[5])[0, 0].tobytes())  # a row of pixels
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    with pytest.raises(DataError, match=r"d\.h5"):  # one flipped bit
+        read_hdf5(path)
+    with pytest.raises(DataError, match="no such file"):
+        read_hdf5(tmp_path / "absent.h5")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "d.h5"
+    write_hdf5(path, tiny())
+    before = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(DataError, match=r"d\.h5: cannot be written: No space left"):
+        write_hdf5(path, tiny(seed=1))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# ---- the data set itself
+
+
+def test_statistics_are_exact():
+    images = tiny(train=1203, shape=(3, 5, 7)).train_images
+    images[:, 2] = 51
+    mean, std = statistics(images)
+    pixels = images.astype(np.float64) / 255
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std[:2], pixels[:, :2].std(axis=(0, 2, 3)), rtol=1e-12)
+    assert mean[2] == 0.2 and 0 < std[2] < 0.01
+    assert statistics(images[::-1]) == (mean, std)
+
+
+def test_the_digest_depends_on_data_only():
+    dataset = tiny()
+    contiguous = Dataset(
+        np.ascontiguousarray(dataset.train_images),
+        dataset.train_labels.astype(">i8"),
+        dataset.test_images,
+        dataset.test_labels,
+        dataset.classes,
+        "another source",
+    )
+    assert contiguous.digest() == dataset.digest() == tiny().digest()
+    digests = {dataset.digest(), tiny(seed=1).digest(), tiny(classes=11).digest()}
+    dataset.test_images[6, 2, 31, 31] ^= 1
+    assert len(digests | {dataset.digest()}) == 4
+
+
+def test_synthetic_images_depend_on_the_seed_only():
+    a, b, c = synthetic(3, train=203, test=50), synthetic(3, train=203, test=50), synthetic(4, train=203, test=50)
+    assert equal(a, b) and a.digest() != c.digest()
+    assert a.train_images.shape == (203, 3, 32, 32) and len(a.classes) == 10
+    assert set(np.bincount(a.train_labels)) == {20, 21}
+    assert a.source == "SYNTHETIC (seed 3), not real images"
+    assert not np.array_equal(a.train_images[:50], a.test_images)
+    # written down once: the same bytes on every machine and with every NumPy
+    assert synthetic(0, train=100, test=10).digest()[:16] == "342ae38885aca7ef"
+
+
+# ---- where the data comes from
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Let the download fail as it does without a network; returns the folders it was asked for."""
+    asked = []
+
+    def download(folder):
+        asked.append(folder)
+        raise DownloadError("no network here")
+
+    monkeypatch.setattr(find_module, "download_cifar10", download)
+    return asked
+
+
+def test_without_data_and_network_auto_is_synthetic_with_a_loud_notice(tmp_path, offline):
+    notices = []
+    assert find_data("auto", tmp_path / "data", notices.append) is None
+    assert offline == [tmp_path / "data"] and list((tmp_path / "data").iterdir()) == []
+    assert "SYNTHETIC" in notices[0] and "no network here" in notices[0] and "!" * 80 in notices[0]
+    with pytest.raises(DataError, match="no network here"):
+        find_data("cifar10", tmp_path, notices.append)
+    with pytest.raises(DataError, match="no network here"):
+        load_cifar10(tmp_path)
+    assert find_data("synthetic", tmp_path / "unused") is None and not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("spec", ["auto", "cifar10"])
+@pytest.mark.parametrize("kind", [PYTHON, BINARY], ids=["python", "binary"])
+def test_an_archive_in_the_data_folder_is_converted_once(tmp_path, offline, spec, kind):
+    wanted = tiny()
+    name = {PYTHON: "cifar-10-python.tar.gz", BINARY: "cifar-10-binary.tar.gz"}[kind]
+    archive = write_tar(tmp_path / name, kind.folder, members_of(kind, wanted))
+    x_train, y_train, x_test, y_test = load_cifar10(tmp_path)
+    assert find_data(spec, tmp_path) == tmp_path / "cifar10.h5"
+    assert equal(read_hdf5(tmp_path / "cifar10.h5"), wanted)
+    archive.unlink()
+    assert find_data(spec, tmp_path) == tmp_path / "cifar10.h5" and offline == []
+    for x, images in ((x_train, wanted.train_images), (x_test, wanted.test_images)):
+        assert x.dtype == np.float32 and np.array_equal(x, images.astype(np.float32) / 255)
+    assert np.array_equal(y_train, wanted.train_labels) and np.array_equal(y_test, wanted.test_labels)
+    for again, before in zip(load_cifar10(tmp_path), (x_train, y_train, x_test, y_test), strict=True):
+        assert np.array_equal(again, before)
+
+
+def test_a_damaged_archive_is_an_error_rather_than_synthetic_data(tmp_path, offline):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz"):
+        find_data("auto", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar-10-python.tar.gz"]
+
+
+def test_a_path_is_converted_again_only_when_the_archive_has_changed(tmp_path):
+    data, notices = tmp_path / "data", []
+    archive = write_tar(tmp_path / "mine.tar", BINARY.folder, members_of(BINARY, tiny()))
+    target = find_data(str(archive), data, notices.append)
+    assert target == data / "mine.h5" and len(notices) == 1
+    assert find_data(str(archive), data, notices.append) == target and len(notices) == 1
+    write_tar(archive, BINARY.folder, members_of(BINARY, tiny(seed=1)))
+    assert find_data(str(archive), data, notices.append) == target and len(notices) == 2
+    assert equal(read_hdf5(target), tiny(seed=1))
+    assert find_data(str(target), data) == target
+
+    write_hdf5(data / "other.h5", tiny())  # a person's own file, not made from an archive
+    archive.rename(tmp_path / "other.tar")
+    with pytest.raises(DataError, match="in the way"):
+        find_data(str(tmp_path / "other.tar"), data)
+    with pytest.raises(DataError, match=r"absent\.h5: no such file"):
+        find_data("absent.h5", data)
+
+
+def test_a_data_folder_that_cannot_be_made_is_an_error(tmp_path, offline):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "data"):
+        with pytest.raises(DataError, match="data folder cannot"):
+            find_data("auto", folder)
+    assert offline == []
+
+
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    requests = pytest.importorskip("requests")
+    from cnnmpi.data.download import download_cifar10
+
+    def refuse(*args, **kwargs):
+        assert max(kwargs["timeout"]) <= 30 and args[0].startswith("https://")
+        raise requests.exceptions.ConnectionError("no\nroute")
+
+    monkeypatch.setattr(requests, "get", refuse)
+    with pytest.raises(DownloadError, match=r"no route.*put it in") as caught:
+        download_cifar10(tmp_path)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+    class Response:
+        headers = {"content-length": "5"}  # noqa: RUF012
+
+        def raise_for_status(self):
+            pass
+
+        def iter_content(self, chunk_size):
+            return iter([b"not", b"it"])
+
+    monkeypatch.setattr(requests, "get", lambda *args, **kwargs: Response())
+    with pytest.raises(DownloadError, match="could not be downloaded"):  # the wrong checksum
+        download_cifar10(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_converts_and_explains(tmp_path, capsys, monkeypatch):
+    archive = write_tar(tmp_path / "mine.tar.gz", PYTHON.folder, members_of(PYTHON, tiny()))
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)  # also where the tests of other ranks print nothing
+    assert command.main(["--archive", str(archive), "--out", str(tmp_path / "new" / "d.h5")]) == 0
+    line = stream.getvalue()
+    assert "23 train and 7 test images, 10 classes, sha256" in line and line.count("\n") == 1
+    assert equal(read_hdf5(tmp_path / "new" / "d.h5"), tiny())
+    assert command.main(["--archive", str(tmp_path / "absent"), "--out", str(tmp_path / "e.h5")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cnnmpi.data: error: ") and error.count("\n") == 1 and "absent" in error
+    assert not (tmp_path / "e.h5").exists()
+
+
+# ---- augmentation
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_flip_and_crop_against_slow_references(dtype):
+    images = tiny(train=9, shape=(2, 5, 6)).train_images.astype(dtype)
+    before = images.copy()
+    random = np.random.default_rng(1)
+    flip, (top, left) = random.random(9) < 0.5, random.integers(0, 7, (2, 9))
+    padded = np.pad(images, ((0, 0), (0, 0), (3, 3), (3, 3)))
+    flipped, cropped = random_horizontal_flip(images, flip), random_crop(images, top, left, 3)
+    for i in range(9):
+        assert np.array_equal(flipped[i], images[i][:, :, ::-1] if flip[i] else images[i])
+        assert np.array_equal(cropped[i], padded[i, :, top[i] : top[i] + 5, left[i] : left[i] + 6])
+    assert flipped.dtype == cropped.dtype == dtype and np.array_equal(images, before)
+    assert 0 < flip.sum() < 9
+    with pytest.raises(ValueError, match="draws"):
+        random_crop(images, top + 4, left, 3)
+
+
+def test_normalize_is_the_formula():
+    images = tiny(train=9, shape=(3, 5, 6)).train_images
+    mean, std = (0.5, 0.25, 0.1), (0.2, 0.3, 1.0)
+    column = (slice(None), None, None)
+    expected = (images / 255 - np.array(mean)[column]) / np.array(std)[column]
+    for x in (images, (images / 255).astype(np.float32), np.ascontiguousarray(images)):
+        y = normalize(x, mean, std)
+        np.testing.assert_allclose(y, expected, atol=2e-6)
+        assert y.dtype == np.float32 and y.shape == x.shape and y.transpose(0, 2, 3, 1).flags.c_contiguous
+    for wrong in ((0.2, 0.3), (0.2, 0.3, 0.0), (0.2, 0.3, np.nan)):
+        with pytest.raises(ValueError, match="normalize"):
+            normalize(images, mean, wrong)
+
+
+# ---- the loader
+
+
+def numbered(count, dtype=np.uint8):
+    """Images that carry their number, so that they can be recognised."""
+    x = np.zeros((count, 3, 4, 4), dtype)
+    x[:, 0, 0, 0], x[:, 1, 1, 1] = np.arange(count) % 256, np.arange(count) // 256
+    return x, np.arange(count)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "shards"), [(1003, 64, 8), (5, 64, 8), (7, 1, 3), (64, 64, 1), (65, 64, 2)]
+)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_each_sample_is_seen_once_an_epoch(count, batch_size, shards, shuffle):
+    x, y = numbered(count)
+    loader = DataLoader(x, y, batch_size, shuffle, shards=shards)
+    orders = []
+    for epoch in range(2):
+        seen = []
+        batches = list(loader)
+        assert len(batches) == len(loader) == -(-count // batch_size)
+        for index, (images, labels) in enumerate(batches):
+            parts = [loader.batch(epoch * len(loader) + index, shard) for shard in range(shards)]
+            assert [len(part[1]) for part in parts] == [len(part) for part in np.array_split(labels, shards)]
+            assert all(part[0].shape == (len(part[1]), 3, 4, 4) and part[0].dtype == np.float32 for part in parts)
+            assert np.array_equal(np.concatenate([part[0] for part in parts]), images)
+            assert np.array_equal(np.concatenate([part[1] for part in parts]), labels)
+            assert np.array_equal(images, x[labels].astype(np.float32) / 255) and labels.dtype == np.int64
+            seen.extend(labels.tolist())
+        assert sorted(seen) == list(range(count))
+        orders.append(seen)
+    assert (orders[0] == orders[1] == list(range(count))) == (not shuffle)
+
+
+def test_a_batch_is_a_function_of_its_step():
+    dataset = tiny(train=50)
+    options = {"seed": 5, "flip": True, "crop_padding": 4, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    arguments = (dataset.train_images, dataset.train_labels, 16)
+    whole, cut = DataLoader(*arguments, **options), DataLoader(*arguments, shards=3, **options)
+    wanted = [whole.batch(step) for step in range(8)]  # two epochs
+    for step in (6, 0, 7, 3, 4):  # resumed anywhere, in any order, in any cut
+        parts = [cut.batch(step, shard) for shard in (2, 0, 1)]
+        x = np.concatenate([parts[1][0], parts[2][0], parts[0][0]])
+        assert np.array_equal(x, wanted[step][0])
+    assert not np.array_equal(wanted[0][0], wanted[4][0])
+    other = DataLoader(*arguments, **options | {"seed": 6})
+    assert not np.array_equal(other.batch(0)[1], wanted[0][1])
+    # a sample's draws do not depend on the batch that it falls into
+    large = DataLoader(*arguments[:2], 50, **options).batch(0)[0]
+    assert np.array_equal(large, np.concatenate([x for x, _ in wanted[:4]]))
+
+
+def test_augmentation_in_the_loader_is_flip_then_crop_with_zeros():
+    x, y = tiny(train=200, shape=(3, 8, 8), classes=200).train_images, np.arange(200)
+    plain = DataLoader(x, y, 200, False)
+    assert np.array_equal(plain.batch(0)[0], x.astype(np.float32) / 255)
+    flipped = DataLoader(x, y, 200, False, flip=True).batch(0)[0] * np.float32(255)
+    same = np.array([np.allclose(a, b) for a, b in zip(flipped, x, strict=True)])
+    mirrored = np.array([np.allclose(a, b[:, :, ::-1]) for a, b in zip(flipped, x, strict=True)])
+    assert np.all(same ^ mirrored) and 60 < mirrored.sum() < 140
+    cropped = DataLoader(x, y, 200, False, crop_padding=1).batch(0)[0] * np.float32(255)
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    offsets = [
+        [(t, l) for t in range(3) for l in range(3) if np.allclose(cropped[i], padded[i, :, t : t + 8, l : l + 8])]
+        for i in range(200)
+    ]
+    assert all(len(found) == 1 for found in offsets) and len({found[0] for found in offsets}) == 9
+
+
+def test_the_loader_does_not_copy_channels_last_images_and_leaves_them_alone():
+    dataset = tiny()
+    before = dataset.train_images.copy()
+    loader = DataLoader(dataset.train_images, dataset.train_labels, 8, flip=True, crop_padding=2)
+    dataset.train_images.setflags(write=False)
+    for x, _ in loader:
+        x += 1
+    assert np.array_equal(dataset.train_images, before)
+    assert np.shares_memory(loader._x, dataset.train_images)
+    floats = DataLoader(dataset.train_images.astype(np.float32), dataset.train_labels, 8, False)
+    assert np.array_equal(floats.batch(0)[0], dataset.train_images[:8])
+    assert floats.batch(0)[0].transpose(0, 2, 3, 1).flags.c_contiguous
+
+
+def test_nonsense_arguments_are_refused():
+    x, y = numbered(8)
+    for arguments, options in [
+        ((x, y, 0), {}),
+        ((x, y[:7], 4), {}),
+        ((x.astype(np.int32), y, 4), {}),
+        ((x[0], y[:3], 4), {}),
+        ((x[:0], y[:0], 4), {}),
+        ((x, y.astype(np.float64), 4), {}),
+        ((x, y, 4), {"shards": 0}),
+        ((x, y, 4), {"crop_padding": -1}),
+        ((x, y, 4), {"mean": (0.5,) * 3}),
+        ((x, y, 4), {"mean": (0.5,) * 3, "std": (0.0,) * 3}),
+        ((x, y, 4), {"mean": (0.5,), "std": (1.0,)}),
+    ]:
+        with pytest.raises(ValueError, match=r"DataLoader|normalize"):
+            DataLoader(*arguments, **options)
+    loader = DataLoader(x, y, 4, shards=2)
+    for step, shard in ((-1, None), (0, 2), (0, -1)):
+        with pytest.raises(ValueError, match="no batch"):
+            loader.batch(step, shard)
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="data/cifar10.h5 is not there: put a CIFAR-10 archive in data/")
+def test_the_real_images():
+    dataset = read_hdf5(CIFAR10)
+    assert dataset.train_images.shape == (50000, 3, 32, 32) and dataset.test_images.shape == (10000, 3, 32, 32)
+    assert set(np.bincount(dataset.train_labels)) == {5000} and set(np.bincount(dataset.test_labels)) == {1000}
+    assert dataset.classes[0] == "airplane" and dataset.classes[9] == "truck"
+    mean, std = statistics(dataset.train_images)
+    np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=2e-3)
+    np.testing.assert_allclose(std, (0.2470, 0.2435, 0.2616), atol=2e-3)
