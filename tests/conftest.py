@@ -1,4 +1,4 @@
-"""The same tests in one process and under mpirun; a rank that fails takes the others with it instead of hanging them."""
+"""The same tests in one process and under mpirun; a rank that fails takes the others with it."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ excepthook = sys.excepthook
 RANKS = start()
 sys.excepthook = excepthook  # pytest reports exceptions itself
 if RANKS.rank > 0:
-    sys.stdout = Path(os.devnull).open("w")  # one report is enough; failures go to stderr
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - one report is enough; failures go to stderr
 
 
 @pytest.fixture

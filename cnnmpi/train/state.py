@@ -36,11 +36,8 @@ def unpack(arrays: Arrays, model: Model, optimizer: Optimizer | None = None) -> 
         names = list(model.named_parameters())
         for slot, states in optimizer.state.items():
             saved = _below(f"optimizer/{slot}/", arrays)
-            wrong = [
-                name
-                for name, s in zip(names, states, strict=True)
-                if name not in saved or saved[name].shape != tuple(s.shape)
-            ]
+            shapes = {name: tuple(state.shape) for name, state in zip(names, states, strict=True)}
+            wrong = [name for name in names if name not in saved or saved[name].shape != shapes[name]]
             if wrong:
                 raise ValueError(f"the optimizer's {slot} is missing or of another shape for {', '.join(wrong)}")
             for name, state in zip(names, states, strict=True):
