@@ -171,7 +171,7 @@ def _affinity() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
-# -- start and end ------------------------------------------------------------------------------------------------------
+# -- start and end -----------------------------------------------------------------------------------------------------
 
 
 def start() -> Ranks:
@@ -255,7 +255,7 @@ def failing_together(ranks: Ranks) -> Iterator[None]:
         ranks.abort(code)
 
 
-# -- the gradient reduction ---------------------------------------------------------------------------------------------
+# -- the gradient reduction --------------------------------------------------------------------------------------------
 
 
 class Reducer:

@@ -1,0 +1,29 @@
+"""The layers: each holds parameters and the cache of its last forward pass; the mathematics is in ``functional``.
+
+A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after ``to_torch()``, its twin
+``cnnmpi.functional_torch``. No layer writes into its input or its ``dout``. Options and shapes are those of torch.nn.
+"""
+
+from cnnmpi.layers.base import Array, Layer, Pair
+from cnnmpi.layers.containers import Identity, Residual, Sequential
+from cnnmpi.layers.fixed import AvgPool2d, Dropout, Flatten, GlobalAvgPool2d, MaxPool2d, ReLU, Softmax
+from cnnmpi.layers.learned import BatchNorm, Conv2d, Linear
+
+__all__ = [
+    "Array",
+    "AvgPool2d",
+    "BatchNorm",
+    "Conv2d",
+    "Dropout",
+    "Flatten",
+    "GlobalAvgPool2d",
+    "Identity",
+    "Layer",
+    "Linear",
+    "MaxPool2d",
+    "Pair",
+    "ReLU",
+    "Residual",
+    "Sequential",
+    "Softmax",
+]

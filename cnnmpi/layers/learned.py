@@ -1,0 +1,132 @@
+"""The layers that learn: convolution, affine map, batch normalisation."""
+
+from typing import Any
+
+import numpy as np
+
+from cnnmpi import functional
+from cnnmpi.functional.conv import Size, pair
+from cnnmpi.layers.base import Array, Layer
+
+
+class Conv2d(Layer):
+    """2-D convolution: (N, in_c, H, W) -> (N, out_c, Ho, Wo). Weight (out_c, in_c, kH, kW), bias (out_c,).
+
+    ``k``, ``stride`` and ``padding`` are one number or (height, width). Weights start by Kaiming's normal
+    initialisation from ``rng`` (a fresh one if None), biases at 0.
+    """
+
+    def __init__(
+        self,
+        in_c: int,
+        out_c: int,
+        k: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        bias: bool = True,
+        *,
+        rng: np.random.Generator | None = None,
+        dtype: Any = np.float32,
+    ) -> None:
+        super().__init__()
+        self.in_c, self.out_c, self.k, self.stride, self.padding = in_c, out_c, k, stride, padding
+        self.input_grad = True
+        rng = rng or np.random.default_rng()
+        self._add_parameter("weight", functional.kaiming_normal(rng, (out_c, in_c, *pair(k))), dtype)
+        if bias:
+            self._add_parameter("bias", np.zeros(out_c), dtype)
+
+    def forward(self, x: Array) -> Array:
+        """(N, in_c, H, W) -> (N, out_c, Ho, Wo)."""
+        self._expect(x, "N", self.in_c, "H", "W")
+        W, b = self.params["weight"], self.params.get("bias")
+        try:
+            return self._keep(self.F.conv2d(x, W, b, stride=self.stride, padding=self.padding))
+        except ValueError as error:
+            raise ValueError(f"{self._label()}: {error}") from None
+
+    def backward(self, dout: Array) -> Array:
+        """(N, out_c, Ho, Wo) -> (N, in_c, H, W), or None after ``skip_input_grad()``."""
+        dx, dW, db = self.F.conv2d_backward(dout, self._taken(), input_grad=self.input_grad)
+        self._add_grads(weight=dW, bias=db)
+        return dx
+
+    def skip_input_grad(self) -> None:
+        """Spare the input's gradient, a third of the layer's work."""
+        self.input_grad = False
+
+    def _options(self) -> str:
+        extra = "" if "bias" in self.params else ", bias=False"
+        return f"{self.in_c}, {self.out_c}, {self.k}, stride={self.stride}, padding={self.padding}{extra}"
+
+
+class Linear(Layer):
+    """Affine map: (N, in_features) -> (N, out_features). Weight (out_features, in_features), bias (out_features,)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rng: np.random.Generator | None = None,
+        dtype: Any = np.float32,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        rng = rng or np.random.default_rng()
+        self._add_parameter("weight", functional.kaiming_normal(rng, (out_features, in_features)), dtype)
+        if bias:
+            self._add_parameter("bias", np.zeros(out_features), dtype)
+
+    def forward(self, x: Array) -> Array:
+        """(N, in_features) -> (N, out_features)."""
+        self._expect(x, "N", self.in_features)
+        return self._keep(self.F.linear(x, self.params["weight"], self.params.get("bias")))
+
+    def backward(self, dout: Array) -> Array:
+        """(N, out_features) -> (N, in_features)."""
+        dx, dW, db = self.F.linear_backward(dout, self._taken())
+        self._add_grads(weight=dW, bias=db)
+        return dx
+
+    def _options(self) -> str:
+        return f"{self.in_features}, {self.out_features}" + ("" if "bias" in self.params else ", bias=False")
+
+
+class BatchNorm(Layer):
+    """Batch normalisation of (N, C) or (N, C, H, W) for each channel. Weight and bias (C,), running statistics (C,)."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, *, dtype: Any = np.float32) -> None:
+        super().__init__()
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self._add_parameter("weight", np.ones(num_features), dtype)
+        self._add_parameter("bias", np.zeros(num_features), dtype)
+        self.buffers = {"running_mean": np.zeros(num_features, dtype), "running_var": np.ones(num_features, dtype)}
+
+    def forward(self, x: Array) -> Array:
+        """Shape kept. In training the running statistics move towards the batch's."""
+        self._expect(x, "N", self.num_features, *("HW" if len(x.shape) == 4 else ""))
+        try:
+            result = self.F.batch_norm(
+                x,
+                self.params["weight"],
+                self.params["bias"],
+                running_mean=self.buffers["running_mean"],
+                running_var=self.buffers["running_var"],
+                training=self.training,
+                momentum=self.momentum,
+                eps=self.eps,
+            )
+        except ValueError as error:
+            raise ValueError(f"{self._label()}: {error}") from None
+        return self._keep(result)
+
+    def backward(self, dout: Array) -> Array:
+        """Shape kept."""
+        dx, dW, db = self.F.batch_norm_backward(dout, self._taken())
+        self._add_grads(weight=dW, bias=db)
+        return dx
+
+    def _options(self) -> str:
+        return f"{self.num_features}"
