@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -225,26 +224,30 @@ class SimpleCNN(Model):
         rng = generator(seed, "init")
         self.features = Sequential(
             Conv2d(in_channels, 32, 3, padding=1, rng=rng),
+            MaxPool2d(2),  # before the ReLU, which commutes with it and then has a quarter of the work
             ReLU(),
-            MaxPool2d(2),
             Conv2d(32, 64, 3, padding=1, rng=rng),
-            ReLU(),
             MaxPool2d(2),
+            ReLU(),
         )
         self.flatten = Flatten()
         self.classifier = Linear(64 * (height // 4) * (width // 4), num_classes, rng=rng)
 
 
-def conv_bn_relu(in_c: int, out_c: int, *, rng: np.random.Generator) -> Sequential:
-    """The unit that SmallResNet is made of: 3x3 convolution, BatchNorm, ReLU."""
-    return Sequential(Conv2d(in_c, out_c, 3, padding=1, bias=False, rng=rng), BatchNorm(out_c), ReLU())
+def unit(in_c: int, out_c: int, pool: bool = False, *, rng: np.random.Generator) -> Sequential:
+    """The unit that SmallResNet is made of: 3x3 convolution, a pool where the resolution halves, BatchNorm, ReLU.
+
+    Pooling first spares BatchNorm and ReLU three quarters of their work.
+    """
+    conv = Conv2d(in_c, out_c, 3, padding=1, bias=False, rng=rng)
+    return Sequential(conv, *([MaxPool2d(2)] if pool else []), BatchNorm(out_c), ReLU())
 
 
 class SmallResNet(Model):
-    """A shallow, wide residual network: most accuracy for the time that a CPU has.
+    """A shallow residual network: most accuracy for the time that a CPU has.
 
-    A stem at full resolution; then stages that widen, halve the resolution by a pool, and refine by a residual block
-    of two units. For CIFAR-10: 432,650 parameters, 47 million multiply-adds. Works for images from 8x8 pixels on.
+    A stem at full resolution; then three stages, each of which widens, halves the resolution and refines the result by
+    a residual unit. Works for images from 8x8 pixels on.
     """
 
     def __init__(
@@ -253,20 +256,21 @@ class SmallResNet(Model):
         num_classes: int = 10,
         image_size: Size = 32,
         seed: int = 0,
-        widths: tuple[int, ...] = (32, 48, 96, 192),
+        widths: tuple[int, ...] = (24, 32, 128, 128),
     ) -> None:
         super().__init__()
         if min(pair(image_size)) < 8:
             raise ValueError(f"SmallResNet: images must have at least 8x8 pixels, got {image_size}")
         rng = generator(seed, "init")
-        unit = partial(conv_bn_relu, rng=rng)
+
+        def stage(in_c: int, out_c: int) -> Sequential:
+            return Sequential(unit(in_c, out_c, pool=True, rng=rng), Residual(unit(out_c, out_c, rng=rng)))
+
         stem, first, second, third = widths
-        self.stem = Sequential(unit(in_channels, stem), MaxPool2d(2))
-        self.stage1 = Sequential(unit(stem, first), Residual(Sequential(unit(first, first), unit(first, first))))
-        self.stage2 = Sequential(
-            unit(first, second), MaxPool2d(2), Residual(Sequential(unit(second, second), unit(second, second)))
-        )
-        self.stage3 = Sequential(unit(second, third), MaxPool2d(2))
+        self.stem = unit(in_channels, stem, rng=rng)
+        self.stage1 = stage(stem, first)
+        self.stage2 = stage(first, second)
+        self.stage3 = stage(second, third)
         self.pool = GlobalAvgPool2d()
         self.classifier = Linear(third, num_classes, rng=rng)
 

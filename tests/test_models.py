@@ -21,16 +21,12 @@ class TorchResidual(nn.Module):
         return x + self.body(x)
 
 
-def torch_unit(i, o, stride=1):
-    return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-
-
 class TorchSimpleCNN(nn.Module):
     def __init__(self, size=32, classes=10):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(3, 32, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(),
         )  # fmt: skip
         self.classifier = nn.Linear(64 * (size // 4) ** 2, classes)
 

@@ -54,6 +54,7 @@ def max_pool2d_backward(dy: Array, cache: Any) -> Array:
     x, y, k, stride, padding = cache
     N, C, H, W = x.shape
     dx = np.empty((N, H, W, C), x.dtype)
+    disjoint = all(step >= size for step, size in zip(pair(stride), pair(k), strict=True))
 
     def spread(block: slice) -> None:
         padded = pad(nhwc(x[block]), pair(padding), -np.inf)
@@ -64,7 +65,10 @@ def max_pool2d_backward(dy: Array, cache: Any) -> Array:
             hit = corner == peak
             hit &= open_
             open_ ^= hit
-            dcorner += dpeak * hit
+            if disjoint:
+                np.multiply(dpeak, hit, out=dcorner)
+            else:
+                dcorner += dpeak * hit
         dx[block] = _inside(dpadded, padding)
 
     for_each_block(spread, N, x[0].nbytes)
