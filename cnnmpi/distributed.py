@@ -23,7 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Result = TypeVar("Result")
 
 # what launchers tell each process they start: how many there are
-LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 ARRIVE_S = 2.0  # how long a rank with an error waits for the others to come with the same one
 IDLE_S = 2e-4  # between two looks at a reduction under way, where ranks share cores
 
@@ -126,7 +126,10 @@ class Ranks:
         if self.node is None:
             return np.zeros(shape, dtype)
         nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        window = self.mpi.Win.Allocate_shared(max(nbytes, 1) if self.local_rank == 0 else 0, 1, comm=self.node)
+        try:
+            window = self.mpi.Win.Allocate_shared(max(nbytes, 1) if self.local_rank == 0 else 0, 1, comm=self.node)
+        except self.mpi.Exception as error:
+            raise UserError(f"{nbytes >> 20} MiB of shared memory cannot be had ({error}): enlarge /dev/shm") from None
         self._windows.append(window)
         memory, _ = window.Shared_query(0)
         return np.frombuffer(memory, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
@@ -137,11 +140,6 @@ class Ranks:
             for window in self._windows:
                 window.Fence()
             self.node.Barrier()
-
-    def barrier(self) -> None:
-        """Wait until all ranks are here."""
-        if self.comm is not None:
-            self.comm.Barrier()
 
     def all_arrive(self, seconds: float) -> bool:
         """Return whether all ranks come to this call within ``seconds``. For the end of the program only."""
@@ -195,7 +193,7 @@ def start() -> Ranks:
             names = ", ".join(f"{name}={value}" for name, value in told.items())
             raise UserError(
                 f"the launcher started {expected} processes ({names}), but each is alone in its MPI world, "
-                f"of {MPI.Get_library_version().split(chr(10))[0].strip()}: use the mpirun of the MPI that mpi4py uses"
+                f"of {' '.join(MPI.Get_library_version().split()[:3])}: use the mpirun of the MPI that mpi4py uses"
             )
         return Ranks()
     ranks = Ranks(MPI.COMM_WORLD, MPI)
@@ -238,21 +236,18 @@ def _explain(ranks: Ranks, error: BaseException) -> None:
 def failing_together(ranks: Ranks) -> Iterator[None]:
     """Run the body of a program so that its failure on one rank ends all ranks within seconds, explained once.
 
-    An error of the user's that all ranks meet ends in an orderly way. Any other exception, an error that the other
-    ranks do not share, and sys.exit with a code other than 0, abort the job.
+    An error of the user's that all ranks meet, and a sys.exit of all, end in an orderly way. Any other exception, and
+    what the other ranks do not share, abort the job.
     """
     try:
         yield
     except BaseException as error:
-        code = exit_code(error)
-        if isinstance(error, SystemExit) and (code == 0 or ranks.size == 1):
-            raise
-        shared = isinstance(error, UserError | RemoteError) and ranks.all_arrive(ARRIVE_S)
-        if not isinstance(error, RemoteError) and (ranks.rank == 0 or not shared):
+        shared = isinstance(error, UserError | RemoteError | SystemExit) and ranks.all_arrive(ARRIVE_S)
+        if not shared or (ranks.rank == 0 and isinstance(error, UserError)):
             _explain(ranks, error)
         if shared or ranks.size == 1:
-            sys.exit(code)
-        ranks.abort(code)
+            sys.exit(exit_code(error))
+        ranks.abort(exit_code(error) or 1)
 
 
 # -- the gradient reduction --------------------------------------------------------------------------------------------
@@ -299,10 +294,11 @@ class Reducer:
         self.ranks.sum(self._message)
         for shard in np.flatnonzero(self._flags):
             blamed = int(self._flags[shard]) - 1
-            where = f"the gradient of {self.names[blamed][0]}" if blamed < len(self.names) else "the loss"
+            known = blamed < len(self.names)
+            where = f"the gradient of {self.names[blamed][0]}" if known else "the loss or a running statistic"
             raise UserError(
                 f"step {step}, shard {shard}: {where} is not finite or beyond {self.limit:.3g}; the weights were left "
-                "as they were before this step: try a smaller --lr, or --clip 1"
+                "as they were before this step; a smaller --lr may help"
             )
         total = self._decode(self._total)
         self._message[...] = 0

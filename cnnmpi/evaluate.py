@@ -52,10 +52,10 @@ def run(
         (dataset.test_images, dataset.test_labels) if split == "test" else (dataset.train_images, dataset.train_labels)
     )
     channels = model.info.options["in_channels"]
-    if images.shape[1] != channels or len(dataset.classes) != len(model.info.classes):
+    if images.shape[1] != channels or list(dataset.classes) != model.info.classes:
         raise UserError(
-            f"{checkpoint} expects images of {channels} channels in {len(model.info.classes)} classes; "
-            f"--data {data} has {images.shape[1]} channels and {len(dataset.classes)} classes"
+            f"{checkpoint} knows {channels} channels and the classes {', '.join(model.info.classes)}; "
+            f"--data {data} has {images.shape[1]} channels and {', '.join(dataset.classes)}"
         )
     try:
         result = evaluate(model, images, labels, classes=len(dataset.classes), mean=model.info.mean, std=model.info.std)

@@ -19,13 +19,20 @@ NumpyArray = np.ndarray[Any, np.dtype[Any]]
 # -- arrays ----------------------------------------------------------------------------------------------------------
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError unless ``device`` is "cpu", or "cuda" or "cuda:N" and present."""
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+def choose_device(device: str, index: int = 0) -> str:
+    """Return "cpu", or "cuda:N" for that or for "cuda", which takes GPU number ``index``, round and round.
+
+    Raises ValueError where it is unknown or not present.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise ValueError(f"unknown device {device!r}: expected cpu, cuda or cuda:N")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is not available: PyTorch finds {torch.cuda.device_count()} CUDA devices")
+    if kind == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise ValueError(f"device {device!r} is not available: PyTorch finds {count} CUDA devices")
+    return f"cuda:{number or index % count}"
 
 
 def set_threads(count: int) -> None:

@@ -3,6 +3,7 @@
 set -euo pipefail
 ranks=$(nproc)
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then ranks=$1; shift; fi
-# Open MPI refuses more ranks than cores unless it is told; MPICH ignores these
+# Open MPI refuses root and more ranks than cores unless it is told otherwise; MPICH ignores these
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
 exec mpirun -n "$ranks" python -m cnnmpi.train "$@"

@@ -125,7 +125,7 @@ def run_start(**environment):
 @pytest.mark.mpi_skip
 def test_processes_that_do_not_find_each_other_are_refused():
     assert run_start().stdout == "size 1\n"
-    alone = run_start(SLURM_NTASKS="4")
+    alone = run_start(SLURM_STEP_NUM_TASKS="4")
     assert alone.returncode != 0 and "the launcher started 4 processes" in alone.stderr
 
 

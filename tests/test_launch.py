@@ -195,6 +195,13 @@ def test_bad_command_lines_are_explained_once_without_a_traceback(extra, text, d
     assert len(re.findall("cnnmpi: error|Unrecognized|invalid choice|Error parsing", everything)) <= 2
 
 
+@needs_mpirun
+def test_help_under_mpirun_is_shown_once_and_ends_well(data, tmp_path):
+    result = run(*command(2, data, tmp_path / "run", "--help"), timeout=60)
+    assert result.returncode == 0 and result.stdout.count("--checkpoint-every") == 1
+    assert "Abort" not in result.stderr
+
+
 def test_help_and_the_console_entry(capsys):
     assert cnnmpi([]) == 2 and cnnmpi(["fly"]) == 2 and cnnmpi(["--help"]) == 0
     assert "evaluate" in capsys.readouterr().out

@@ -136,7 +136,7 @@ def test_switching_engines_keeps_every_bit_and_a_living_optimizer():
             assert model.to_torch().use_torch and model.stem.use_torch
         if step == 4:
             assert not model.to_numpy().use_torch
-        x, y = batch(size=8, seed=step)
+        x, y = batch(size=16, seed=step)
         for net, opt in ((model, optimizer), (pure, reference)):
             convert = torch.from_numpy if net.use_torch else np.asarray
             opt.zero_grad()
@@ -241,6 +241,30 @@ def test_load_state_dict_lists_all_that_does_not_fit_and_changes_nothing():
     for part in ("missing features.0.bias (32,)", "unexpected extra.weight (3,)", "(7, 7), expected (10, 4096)"):
         assert part in str(error.value)
     np.testing.assert_array_equal(model.flat_params, before)
+
+
+def test_wiring_that_would_train_wrongly_is_refused():
+    class ForwardOnly(Fork):
+        backward = Model.backward
+
+    class Listed(Model):
+        def __init__(self):
+            super().__init__()
+            self.parts = [L.ReLU()]
+
+    class Twice(Model):
+        def __init__(self):
+            super().__init__()
+            self.one = self.two = L.Linear(2, 2)
+
+    x, _ = batch(size=8)
+    model = ForwardOnly()
+    with pytest.raises(TypeError, match="must define the backward"):
+        model.backward(model.forward(x))
+    with pytest.raises(ValueError, match="parts is a list of layers"):
+        Listed().parameters()
+    with pytest.raises(ValueError, match="one layer stands at 'one' and 'two'"):
+        Twice().parameters()
 
 
 def test_errors_name_the_layer_in_the_model():

@@ -5,6 +5,8 @@ Runs on as many ranks as pytest does; the reference is always the same run on th
 
 import dataclasses
 import json
+import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -101,13 +103,13 @@ def test_resume_on_other_ranks_in_the_middle_of_an_epoch(ranks, shared_tmp, tmp_
     whole = train(tmp_path / "whole", Ranks(), data=data)
     first = train(shared_tmp / "run", ranks, data=data, max_steps=stop)
     assert first.step == stop
-    ranks.barrier()
+    ranks.gather(None)
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "last.h5").write_bytes((shared_tmp / "run" / "last.h5").read_bytes())
     if (shared_tmp / "run" / "metrics.jsonl").exists():
         (copy / "metrics.jsonl").write_bytes((shared_tmp / "run" / "metrics.jsonl").read_bytes())
-    ranks.barrier()
+    ranks.gather(None)
     alone = Trainer(Config(out=copy, resume="auto"), Ranks())
     assert alone.step == stop and alone.run() == 0
     assert state(alone) == state(whole)
@@ -250,8 +252,9 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, data,
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"shards": 0}, "--shards must be at least 1"),
-        ({"lr": -1.0}, "--lr must be at least 0"),
+        ({"shards": 0}, "--shards must be a number of at least 1"),
+        ({"lr": -1.0}, "--lr must be a number of at least 0"),
+        ({"lr": float("inf")}, "--lr must be a number"),
         ({"label_smoothing": 1.0}, "--label-smoothing must be below 1"),
         ({"device": "cuda"}, "--device cuda needs --backend torch"),
         ({"data": "nowhere.h5"}, "nowhere.h5"),
@@ -284,20 +287,62 @@ def test_resume_refuses_what_contradicts_the_checkpoint(tmp_path, data, ranks):
         Trainer(Config(out=run, resume="auto", data=str(tmp_path / "other.h5")), Ranks(), named={"data"})
 
 
-def test_a_diverging_run_stops_with_finite_weights(tmp_path, data):
-    trainer = Trainer(
-        Config(**{**SMALL, "data": data, "out": tmp_path / "r", "lr": 1e30, "schedule": "constant"}), Ranks()
-    )
-    with (
-        np.errstate(all="ignore"),
-        pytest.raises(UserError, match=r"step \d+, shard \d+: the gradient of .* is not finite"),
-    ):
+@pytest.mark.parametrize(
+    "lr, message",
+    [(1e30, r"step \d+, shard \d+: the gradient of .* is not finite"), (1e39, "made weights that are not finite")],
+)
+def test_a_diverging_run_stops_with_a_finite_checkpoint(tmp_path, data, lr, message):
+    out = tmp_path / "run"
+    config = Config(**{**SMALL, "data": data, "out": out, "lr": lr, "schedule": "constant", "checkpoint_every": 1})
+    trainer = Trainer(config, Ranks())
+    with np.errstate(all="ignore"), warnings.catch_warnings(), pytest.raises(UserError, match=message):
+        warnings.simplefilter("ignore")
         trainer.run()
-    # the step that could not be taken changed nothing
-    before = trainer.model.flat_params.copy()
-    with np.errstate(all="ignore"), pytest.raises(UserError):
-        trainer.train_step()
-    np.testing.assert_array_equal(trainer.model.flat_params, before)
+    for array in checkpoint.load(out / "last.h5")[0].values():
+        assert np.isfinite(array).all()
+
+
+def test_a_second_job_in_the_same_folder_is_refused(tmp_path, data):
+    config = Config(**{**SMALL, "data": data, "out": tmp_path / "run"})
+    first = Trainer(config, Ranks())
+    with pytest.raises(UserError, match="another job is training there"):
+        Trainer(config, Ranks())
+    assert first.run() == 0
+    assert Trainer(config, Ranks()).run() == 0
+
+
+def test_a_stop_at_the_end_of_an_epoch_loses_nothing(tmp_path, data):
+    """The epoch's evaluation, metrics line and best.h5 come with the resume."""
+    whole = train(tmp_path / "whole", Ranks(), data=data)
+    trainer = Trainer(Config(**{**SMALL, "data": data, "out": tmp_path / "run"}), Ranks())
+    original = trainer.train_step
+
+    def step():
+        if trainer.step == 4:  # the last one of the first epoch
+            trainer._on_signal(signal.SIGTERM, None)
+        return original()
+
+    trainer.train_step = step
+    assert trainer.run() == 75 and trainer.step == 5
+    assert Trainer(Config(out=tmp_path / "run", resume="auto"), Ranks()).run() == 0
+    keys = ("epoch", "step", "train_loss", "test_acc", "lr")
+    lines = [
+        [[json.loads(line)[key] for key in keys] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "run", whole.out)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 2
+    best = [checkpoint.load(folder / "best.h5")[1]["weights_sha256"] for folder in (tmp_path / "run", whole.out)]
+    assert best[0] == best[1]
+
+
+def test_resume_into_another_folder_is_complete(tmp_path, data):
+    whole = train(tmp_path / "one", Ranks(), data=data)
+    train(tmp_path / "part", Ranks(), data=data, max_steps=7)
+    config = Config(out=tmp_path / "other", resume=str(tmp_path / "part" / "last.h5"))
+    trainer = Trainer(config, Ranks(), named={"out", "resume"})
+    assert trainer.run() == 0 and state(trainer) == state(whole)
+    assert (tmp_path / "other" / "best.h5").exists()
+    assert checkpoint.load(tmp_path / "part" / "last.h5")[1]["step"] == 7
 
 
 def test_the_configuration_round_trips_through_toml(tmp_path):

@@ -22,7 +22,7 @@ def find_data(spec: str, data_dir: str | Path = "data", notify: Callable[[str], 
     """Return the HDF5 file that ``--data spec`` means, made if need be; None means the synthetic data.
 
     - ``auto``: cifar10.h5 in ``data_dir``; else converted from an archive or extracted folder there; else
-      downloaded; else, with a notice, synthetic.
+      downloaded; else (no network, or a folder that cannot be written), with a notice, synthetic.
     - ``cifar10``: the same, but an error where ``auto`` would turn to synthetic data.
     - ``synthetic``: the synthetic data.
     - a path: an HDF5 file as it is; an archive or extracted folder is converted to ``data_dir``/<name>.h5, and again
@@ -38,10 +38,10 @@ def find_data(spec: str, data_dir: str | Path = "data", notify: Callable[[str], 
     target = folder / CIFAR10
     if target.exists():
         return target
-    _check_writable(folder)
     try:
+        _check_writable(folder)
         archive = _local_archive(folder) or download_cifar10(folder)
-    except DownloadError as error:
+    except (DownloadError, FolderError) as error:
         if spec == "cifar10":
             raise
         line = "!" * 100
@@ -88,6 +88,10 @@ def _from_path(path: Path, folder: Path, notify: Callable[[str], None]) -> Path:
     return _convert(path, target, notify)
 
 
+class FolderError(DataError):
+    """The data folder cannot be used."""
+
+
 def _local_archive(folder: Path) -> Path | None:
     return next((folder / name for name in LOCAL if (folder / name).exists()), None)
 
@@ -102,6 +106,6 @@ def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{folder}: the data folder cannot be made: {error.strerror}") from error
+        raise FolderError(f"{folder}: the data folder cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"{folder}: the data folder cannot be written")
+        raise FolderError(f"{folder}: the data folder cannot be written")

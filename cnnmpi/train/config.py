@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Config:
     device: str = "cpu"
     """Where torch computes: cpu, cuda, cuda:N."""
     threads: int = 0
-    """Threads of each rank; 0 shares the cores out to the ranks. They do not change the result."""
+    """Threads of each rank; 0 shares the cores out to the ranks. With torch, where they shape the result, 0 is 1."""
     reduction: Literal["exact", "float32"] = "exact"
     """Sum of the gradients: the same bits for any number of ranks, or half the bytes."""
     data: str = "auto"
@@ -115,8 +116,8 @@ def resolve(config: Config) -> Config:
     }  # fmt: skip
     for name, low in lowest.items():
         value = getattr(config, name)
-        if value is not None and not value >= low:
-            raise UserError(f"{flag(name)} must be at least {low:g}, got {value}")
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"{flag(name)} must be a number of at least {low:g}, got {value}")
     for name in ("warmup", "label_smoothing", "momentum"):
         if not getattr(config, name) < 1:
             raise UserError(f"{flag(name)} must be below 1, got {getattr(config, name)}")
@@ -141,6 +142,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, set[str]]:
         if argument == "--config" or argument.startswith("--config="):
             inline = argument.partition("=")[2]
             path = inline or next(iter(args[position + 1 : position + 2]), "")
+            if not path:
+                raise UserError("--config needs the name of a TOML file")
             del args[position : position + (1 if inline else 2)]
             base = read_toml(path)
             break

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.data import normalize
-from cnnmpi.distributed import ExactReducer, Ranks
+from cnnmpi.distributed import Ranks
 from cnnmpi.models import Model
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -36,17 +36,19 @@ def evaluate(
     ``mean`` and ``std`` (C,) normalise the pixels, as in training. The model keeps its mode.
     """
     ranks = ranks or Ranks()
-    blocks = math.ceil(len(images) / BLOCK)
-    reducer = ExactReducer(ranks, blocks, [1, classes * classes])
     training = model.training
     model.eval()
-    for index in range(ranks.rank, blocks, ranks.size):
-        part = slice(index * BLOCK, (index + 1) * BLOCK)
-        y = labels[part]
-        logits = model.forward(model.F.as_array(normalize(images[part], mean, std), like=model.flat_params))
-        loss, _ = model.F.cross_entropy_loss(logits, model.F.as_array(y, like=model.flat_params), reduction="sum")
+    losses: dict[int, float] = {}  # of each block
+    confusion = np.zeros(classes * classes, np.int64)
+    for start in range(ranks.rank * BLOCK, len(images), ranks.size * BLOCK):
+        y = labels[start : start + BLOCK]
+        x = normalize(images[start : start + BLOCK], mean, std)
+        logits = model.forward(model.F.as_array(x, like=model.flat_params))
+        targets = model.F.as_array(y, like=model.flat_params)
+        losses[start], _ = model.F.cross_entropy_loss(logits, targets, reduction="sum")
         guesses = model.F.to_numpy(logits).argmax(axis=1)
-        reducer.add(index, np.array([loss]), np.bincount(y * classes + guesses, minlength=classes * classes))
+        confusion += np.bincount(y * classes + guesses, minlength=classes * classes)
     model.train_mode(training)
-    loss_sum, confusion = reducer.reduce()
-    return Evaluation(float(loss_sum[0]) / len(images), confusion.astype(np.int64).reshape(classes, classes))
+    ranks.sum(confusion)
+    loss = math.fsum(value for part in ranks.gather(losses) for value in part.values())  # exact: in any order
+    return Evaluation(loss / len(images), confusion.reshape(classes, classes))

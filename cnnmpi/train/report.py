@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from cnnmpi.checkpoint import write_atomically
+
 METRICS = "metrics.jsonl"
 
 
@@ -45,8 +47,11 @@ class Report:
         """Print an epoch's line and append it to metrics.jsonl."""
         if self.silent:
             return
-        with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        try:
+            with (self.folder / METRICS).open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            self.line(f"warning: {self.folder / METRICS} cannot be written: {error.strerror}")
         self.line(
             "epoch {epoch}  step {step}  train loss {train_loss:.4f} acc {train_acc:.4f}  test loss {test_loss:.4f} "
             "acc {test_acc:.4f}  {images_per_s:.0f} images/s  {seconds:.0f} s".format(**metrics)
@@ -55,11 +60,18 @@ class Report:
     def rewind(self, step: int, steps_per_epoch: int) -> None:
         """Keep in metrics.jsonl the epochs that were complete at ``step``: the others will be done again."""
         path = self.folder / METRICS
-        if not self.silent and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            steps = [json.loads(line)["step"] for line in lines]
-            kept = [line for line, at in zip(lines, steps, strict=True) if at <= step and at % steps_per_epoch == 0]
-            path.write_text("".join(line + "\n" for line in kept))
+        if self.silent or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                at = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                self.line(f"warning: {path}: dropped a damaged line")
+                continue
+            if at <= step and at % steps_per_epoch == 0:
+                kept.append(line + "\n")
+        write_atomically(path, "".join(kept).encode())
 
     def close(self) -> None:
         """Take the progress bar down."""

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,15 @@ def model_attributes(name: str, options: dict[str, Any], model: Model) -> dict[s
         "model": name,
         "model_options": json.dumps(options),
         "weights_sha256": checkpoint.weights_digest(model.state_dict()),
-        "cnnmpi_version": version("cnnmpi"),
+        "cnnmpi_version": _version(),
     }
+
+
+def _version() -> str:
+    try:
+        return version("cnnmpi")
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "unknown"
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
 from cnnmpi.models import MODELS, Model
 from cnnmpi.train.config import Config, continued, resolve, to_plain, to_toml
 from cnnmpi.train.evaluation import Evaluation, evaluate
-from cnnmpi.train.report import Report
+from cnnmpi.train.report import METRICS, Report
 from cnnmpi.train.state import BEST, LAST, PREVIOUS, model_attributes, newest, pack, unpack
 
+AGAIN_S = 1.0  # a terminal and mpirun may both deliver one Ctrl-C: a second one comes later than this
 STOPPED = 75  # exit code of a run that was asked to stop and saved (EX_TEMPFAIL of sysexits.h: try again later)
 
 
@@ -62,9 +65,9 @@ class Trainer:
     def __init__(self, config: Config, ranks: Ranks, named: set[str] | None = None) -> None:
         self.ranks = ranks
         self.step = 0  # steps done since the beginning of the run
-        self.best = 0.0  # test accuracy of best.h5
+        self.best = -1.0  # test accuracy of best.h5
         self.epoch_counts = np.zeros(3)  # summed loss, correct, samples: since the beginning of the epoch
-        self.asked_to_stop = False  # this process got a signal
+        self.asked_to_stop, self.asked_at = False, math.inf  # whether and when this process got a signal
         self.stopping = False  # all ranks have agreed to stop
         say = (lambda text: print(text, flush=True)) if ranks.rank == 0 else (lambda text: None)
 
@@ -73,6 +76,9 @@ class Trainer:
             saved = ranks.on_rank0(lambda: _find_checkpoint(config, say))
             if saved is not None:
                 path, _, attributes = saved
+                missing = {"config", "step", "epoch_counts", "best_test_acc", "data_sha256"} - set(attributes)
+                if missing:
+                    raise UserError(f"{path}: not a checkpoint of cnnmpi.train: it lacks {', '.join(sorted(missing))}")
                 config = dataclasses.replace(config, out=config.out or path.parent)
                 config = continued(config, named or set(), attributes["config"], path)
         self.config = config = resolve(config)
@@ -81,7 +87,8 @@ class Trainer:
                 f"{ranks.size} ranks cannot share {config.shards} shards: use --shards {ranks.size} or more"
             )
         assert config.out is not None
-        self.out = config.out
+        self.out = config.out.resolve()
+        elsewhere = saved is None or saved[0].resolve().parent != self.out  # then the folder holds nothing of this run
 
         self.dataset = open_data(config.data, ranks, say)
         self.data_sha256: str = ranks.on_node(self.dataset.digest)
@@ -110,11 +117,13 @@ class Trainer:
         try:
             self.model: Model = MODELS[config.model](**self.options, seed=config.seed)
             if config.backend == "torch":
-                self.model.to_torch(config.device)
+                self.model.to_torch(config.device, index=ranks.local_rank)
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error)) from None
         self.F = self.model.F
-        self.F.set_threads(config.threads or ranks.default_threads())
+        # torch cuts its sums by the number of threads: one, unless told otherwise, gives the same bits on any host
+        self.threads = config.threads or (1 if config.backend == "torch" else ranks.default_threads())
+        self.F.set_threads(self.threads)
         self.model.skip_input_grad()
         self.optimizer = self._make_optimizer()
         names = [(name, math.prod(p.shape)) for name, (p, _) in self.model.named_parameters().items()]
@@ -126,9 +135,13 @@ class Trainer:
         weights = np.array(self.F.to_numpy(self.model.flat_params))
         ranks.broadcast(weights)
         self.F.copy_into(self.model.flat_params, weights)
-        ranks.on_rank0(lambda: self._open_folder(fresh=saved is None, say=say))
+        self._lock: Any = None
+        ranks.on_rank0(lambda: self._open_folder(elsewhere, say))
         self.report = Report(self.out, silent=ranks.rank != 0)
-        if saved is not None:
+        if elsewhere:
+            self.best = -1.0
+            self._save(LAST)  # a full disk is better found now than after an epoch
+        else:
             self.report.rewind(self.step, self.steps_per_epoch)
 
     def _make_optimizer(self) -> optim.Optimizer:
@@ -189,6 +202,8 @@ class Trainer:
             optim.clip_grad_norm(self.optimizer.parameters, self.config.clip)
         self.optimizer.lr = self.learning_rate(self.step)
         self.optimizer.step()
+        if not np.isfinite(F.to_numpy(model.flat_params)).all():  # equal weights: all ranks find the same
+            raise UserError(f"step {self.step}: the update made weights that are not finite; try a smaller --lr")
 
         self.step += 1
         self.epoch_counts += counts[:3]
@@ -204,6 +219,8 @@ class Trainer:
             return self._run()
         finally:
             self.report.close()
+            if self._lock:
+                self._lock.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -211,39 +228,38 @@ class Trainer:
         self._announce()
         test: Evaluation | None = None
         started, done_before = time.perf_counter(), self.epoch_counts[2]
-        while self.step < self.last_step:
+        while True:
             epoch, index = divmod(self.step, self.steps_per_epoch)
+            at_end = self.step == self.last_step
+            if self.epoch_counts[2] and (index == 0 or at_end):
+                test = self._end_epoch(time.perf_counter() - started, done_before)
+            if at_end:
+                break
             if index == 0:
-                self.epoch_counts[:] = 0
                 started, done_before = time.perf_counter(), 0.0
             loss = self.train_step()
-            self.report.step(epoch + 1, index + 1, self.steps_per_epoch, loss)
             test = None
-            if self.stopping:
-                break
-            if index + 1 == self.steps_per_epoch or self.step == self.last_step:
-                test = self._end_epoch(epoch + 1, time.perf_counter() - started, done_before)
-            elif self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
+            self.report.step(epoch + 1, index + 1, self.steps_per_epoch, loss)
+            if self.stopping and self.step < self.last_step:
                 self._save(LAST)
-        if self.stopping:
-            self._save(LAST)
-            self.report.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}")
-            self.report.line(f"to go on: python -m cnnmpi.train --resume --out {self.out}")
-            return STOPPED
-        if test is None:
-            test = self._evaluate()
-            self._save(LAST)
+                self.report.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}")
+                self.report.line(f"to go on: python -m cnnmpi.train --resume --out {self.out}")
+                return STOPPED
+            if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
+                self._save(LAST)
+        test = test or self._evaluate()
         digest = checkpoint.weights_digest(self.model.state_dict())
         self.report.line(f"done: test_acc={test.accuracy:.4f} weights_sha256={digest}")
         return 0
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.asked_to_stop and number == signal.SIGINT:
+        now = time.monotonic()
+        if number == signal.SIGINT and now - self.asked_at > AGAIN_S:
             raise KeyboardInterrupt  # asked twice: at once
-        self.asked_to_stop = True
+        self.asked_to_stop, self.asked_at = True, min(now, self.asked_at)
 
     def _announce(self) -> None:
-        ranks, threads = self.ranks, self.config.threads or self.ranks.default_threads()
+        ranks, threads = self.ranks, self.threads
         self.report.line(
             f"{self.config.model} on {self.dataset.source}: {len(self.dataset.train_images)} training and "
             f"{len(self.dataset.test_images)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
@@ -263,36 +279,41 @@ class Trainer:
             ranks=self.ranks,
         )  # fmt: skip
 
-    def _end_epoch(self, epoch: int, seconds: float, done_before: float) -> Evaluation:
-        """Evaluate, report and save after the last step of an epoch, or of the run."""
-        loss_sum, correct, samples = self.epoch_counts
+    def _end_epoch(self, seconds: float, done_before: float) -> Evaluation:
+        """Evaluate, save and report after the last step of an epoch, or of the run."""
+        loss_sum, correct, samples = self.epoch_counts.tolist()
+        complete = self.step % self.steps_per_epoch == 0
         test = self._evaluate()
+        if test.accuracy > self.best:
+            # a run that --max-steps ends inside an epoch may go on: what best.h5 is then must not depend on that
+            if complete or self.step == self.total_steps:
+                self.best = test.accuracy
+            self._save(BEST)
+        if complete:
+            self.epoch_counts[:] = 0
+        self._save(LAST)
         self.report.epoch(
             {
-                "epoch": epoch,
+                "epoch": math.ceil(self.step / self.steps_per_epoch),
                 "step": self.step,
                 "train_loss": loss_sum / samples,
                 "train_acc": correct / samples,
                 "test_loss": test.loss,
                 "test_acc": test.accuracy,
-                "lr": self.optimizer.lr,
+                "lr": self.learning_rate(self.step - 1),
                 "images_per_s": (samples - done_before) / seconds,
                 "seconds": seconds,
                 "ranks": self.ranks.size,
                 "data": self.dataset.source,
             }
         )
-        if test.accuracy > self.best:
-            self.best = test.accuracy
-            self._save(BEST)
-        self._save(LAST)
         return test
 
     # -- on disk -----------------------------------------------------------------------------------------------------
 
     def _save(self, name: str) -> None:
         """Write a checkpoint, by rank 0; all ranks are told if that fails."""
-        attributes = model_attributes(self.config.model, self.options, self.model) | {
+        attributes = {
             "config": json.dumps(to_plain(self.config)),
             "epoch": self.step // self.steps_per_epoch,
             "step": self.step,
@@ -309,7 +330,8 @@ class Trainer:
 
         def write() -> None:
             with _as_user_errors():
-                checkpoint.save(self.out / name, pack(self.model, self.optimizer), attributes, keep=keep)
+                described = model_attributes(self.config.model, self.options, self.model) | attributes
+                checkpoint.save(self.out / name, pack(self.model, self.optimizer), described, keep=keep)
 
         self.ranks.on_rank0(write)
 
@@ -329,20 +351,34 @@ class Trainer:
         self.epoch_counts[:] = attributes["epoch_counts"]
 
     def _open_folder(self, fresh: bool, say: Any) -> None:
-        """Make the run's folder, on rank 0. What an earlier run left there is moved aside, never overwritten."""
+        """Make and lock the run's folder, on rank 0. What another run left there is moved aside, never overwritten."""
         try:
-            if fresh and (self.out / LAST).exists():
+            if self.out.exists():
+                self._lock_folder()
+            if fresh and any((self.out / name).exists() for name in (LAST, PREVIOUS, BEST, METRICS)):
                 number = 1
                 while (aside := self.out.with_name(f"{self.out.name}.old-{number}")).exists():
                     number += 1
                 self.out.rename(aside)
                 say(f"the earlier run in {self.out} was moved to {aside}")
             self.out.mkdir(parents=True, exist_ok=True)
+            self._lock_folder()
             (self.out / "config.toml").write_text(to_toml(self.config))
-            if fresh:
-                (self.out / "metrics.jsonl").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.out} cannot be used: {error.strerror}") from None
+
+    def _lock_folder(self) -> None:
+        """Hold the folder's lock until the run ends; a second job that wants it is refused."""
+        if self._lock:
+            self._lock.close()
+        self._lock = (self.out / "lock").open("w")
+        weakref.finalize(self, self._lock.close)  # of a trainer that never runs
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {self.out}: another job is training there; wait for it, or name another") from None
+        except OSError:
+            pass  # a file system without locks
 
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
