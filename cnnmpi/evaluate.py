@@ -15,7 +15,7 @@ from rich.table import Table
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train import Evaluation, evaluate, load_checkpoint
-from cnnmpi.train.trainer import open_data
+from cnnmpi.train.setup import open_data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def run(
     model = load_checkpoint(checkpoint)
     ranks = Ranks()
     model.F.set_threads(threads or ranks.default_threads())
-    dataset = open_data(data, ranks, lambda text: print(text, file=sys.stderr))
+    dataset = open_data(data, ranks, lambda text: print(text, file=sys.stderr)).dataset
     images, labels = (
         (dataset.test_images, dataset.test_labels) if split == "test" else (dataset.train_images, dataset.train_labels)
     )

@@ -177,7 +177,7 @@ def test_schedules_reach_the_optimizer(tmp_path, data, schedule, rates):
 def test_evaluation_counts_each_image_once(ranks, shared_tmp, data):
     trainer = train(shared_tmp / "run", ranks, data=data, epochs=1)
     images, labels = tiny().test_images, tiny().test_labels
-    options = {"classes": 10, "mean": trainer.mean, "std": trainer.std}
+    options = {"classes": 10, "mean": trainer.data.mean, "std": trainer.data.std}
     spread, alone = (evaluate(trainer.model, images, labels, **options, ranks=r) for r in (ranks, None))
     assert spread.confusion.sum() == 33 and (spread.confusion == alone.confusion).all() and spread.loss == alone.loss
     assert spread.confusion.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
@@ -208,14 +208,14 @@ def test_load_checkpoint_gives_the_trained_model(tmp_path, data):
     trainer = train(tmp_path / "run", Ranks(), data=data)
     model = load_checkpoint(tmp_path / "run" / "last.h5")
     assert not model.training
-    assert model.info.classes == list(trainer.dataset.classes) and model.info.mean == list(trainer.mean)
+    assert model.info.classes == list(trainer.dataset.classes) and model.info.mean == list(trainer.data.mean)
     x = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
     trainer.model.eval()
     np.testing.assert_array_equal(model.forward(x), trainer.model.forward(x))
 
 
 def test_synthetic_data_is_said_everywhere(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnnmpi.train.trainer.synthetic", lambda: tiny(40, 20))
+    monkeypatch.setattr("cnnmpi.train.setup.synthetic", lambda: tiny(40, 20))
     train(tmp_path / "run", Ranks(), data="synthetic", epochs=1)
     assert "SYNTHETIC" in capsys.readouterr().out
     assert "SYNTHETIC" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["data"]

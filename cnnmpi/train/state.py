@@ -1,4 +1,4 @@
-"""A run on disk: what a checkpoint holds, how a run continues from one, and how a trained model comes back."""
+"""What a checkpoint holds, and how a trained model comes back from one."""
 
 import json
 from dataclasses import dataclass
@@ -14,8 +14,6 @@ from cnnmpi.models import MODELS, Model
 from cnnmpi.optim import Optimizer
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-
-LAST, PREVIOUS, BEST = "last.h5", "previous.h5", "best.h5"
 
 
 def pack(model: Model, optimizer: Optimizer | None = None) -> Arrays:
@@ -95,19 +93,3 @@ def load_checkpoint(path: str | Path) -> Model:
         raise CheckpointError(f"{path}: does not describe a {name} completely: {error}") from None
     model.eval()
     return model
-
-
-def newest(folder: Path, warn: Any) -> tuple[Path, Arrays, dict[str, Any]] | None:
-    """Return (path, arrays, attributes) of the newest good checkpoint in ``folder``; None where there is none at all.
-
-    A damaged one is named through ``warn`` and the one before it is used. Raises CheckpointError if all are damaged.
-    """
-    found = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
-    for path in found:
-        try:
-            return path, *checkpoint.load(path)
-        except CheckpointError as error:
-            warn(f"warning: {error}")
-    if found:
-        raise CheckpointError(f"{folder}: no checkpoint in it is good; start anew without --resume")
-    return None

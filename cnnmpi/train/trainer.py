@@ -1,171 +1,108 @@
 """The training loop: from a step's number to updated weights, evaluation and checkpoints."""
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import signal
 import time
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cnnmpi import checkpoint, optim
-from cnnmpi.checkpoint import CheckpointError
-from cnnmpi.data import DataError, DataLoader, Dataset, find_data, read_hdf5, statistics, synthetic
+from cnnmpi.data import DataLoader
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
-from cnnmpi.models import MODELS, Model
 from cnnmpi.train.config import Config, continued, resolve, to_plain, to_toml
 from cnnmpi.train.evaluation import Evaluation, evaluate
-from cnnmpi.train.report import METRICS, Report
-from cnnmpi.train.state import BEST, LAST, PREVIOUS, model_attributes, newest, pack, unpack
+from cnnmpi.train.folder import BEST, LAST, RunFolder, find_checkpoint
+from cnnmpi.train.report import Report
+from cnnmpi.train.setup import learning_rate, make_model, make_optimizer, model_options, open_data
+from cnnmpi.train.state import Arrays, model_attributes, pack, unpack
 
 AGAIN_S = 1.0  # a terminal and mpirun may both deliver one Ctrl-C: a second one comes later than this
 STOPPED = 75  # exit code of a run that was asked to stop and saved (EX_TEMPFAIL of sysexits.h: try again later)
-
-
-def open_data(spec: str, ranks: Ranks, say: Any, data_dir: str = "data") -> Dataset:
-    """Return the data set that ``--data`` means, one copy for all ranks of a host, found by rank 0.
-
-    Raises UserError where there is none, or where hosts see different data.
-    """
-
-    def find() -> Path | None:
-        with _as_user_errors():
-            return find_data(spec, data_dir, notify=say)
-
-    path = ranks.on_rank0(find)
-    if path is None:
-        return synthetic()
-    with _as_user_errors():
-        dataset = read_hdf5(path, part=(ranks.local_rank, ranks.local_size), empty=ranks.shared_array)
-    ranks.node_barrier()
-    return dataset
-
-
-@contextlib.contextmanager
-def _as_user_errors() -> Iterator[None]:
-    """Turn what data and checkpoints refuse into the one line that a user sees."""
-    try:
-        yield
-    except (DataError, CheckpointError) as error:
-        raise UserError(str(error)) from None
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Trainer:
     """One run of ``config`` on ``ranks``: ``run()`` trains to the end and returns the exit code.
 
-    ``named`` holds the settings that the user gave, which must not contradict a resumed checkpoint.
+    ``named`` holds the settings that the user gave, which must not contradict a resumed checkpoint. Raises UserError
+    for settings, data or checkpoints that cannot be used.
     """
 
     def __init__(self, config: Config, ranks: Ranks, named: set[str] | None = None) -> None:
-        self.ranks = ranks
-        self.step = 0  # steps done since the beginning of the run
-        self.best = -1.0  # test accuracy of best.h5
-        self.epoch_counts = np.zeros(3)  # summed loss, correct, samples: since the beginning of the epoch
-        self.asked_to_stop, self.asked_at = False, math.inf  # whether and when this process got a signal
-        self.stopping = False  # all ranks have agreed to stop
-        say = (lambda text: print(text, flush=True)) if ranks.rank == 0 else (lambda text: None)
+        def say(text: str) -> None:
+            if ranks.rank == 0:
+                print(text, flush=True)
 
         saved = None
         if config.resume is not None:
-            saved = ranks.on_rank0(lambda: _find_checkpoint(config, say))
-            if saved is not None:
-                path, _, attributes = saved
-                missing = {"config", "step", "epoch_counts", "best_test_acc", "data_sha256"} - set(attributes)
-                if missing:
-                    raise UserError(f"{path}: not a checkpoint of cnnmpi.train: it lacks {', '.join(sorted(missing))}")
-                config = dataclasses.replace(config, out=config.out or path.parent)
-                config = continued(config, named or set(), attributes["config"], path)
+            resume, default_out = config.resume, resolve(config).out or Path()
+            saved = ranks.on_rank0(lambda: find_checkpoint(resume, default_out, say))
+        if saved is not None:
+            path, _, attributes = saved
+            config = dataclasses.replace(config, out=config.out or path.parent)
+            config = continued(config, named or set(), attributes["config"], path)
         self.config = config = resolve(config)
         if config.shards < ranks.size:
             raise UserError(
                 f"{ranks.size} ranks cannot share {config.shards} shards: use --shards {ranks.size} or more"
             )
-        assert config.out is not None
-        self.out = config.out.resolve()
-        elsewhere = saved is None or saved[0].resolve().parent != self.out  # then the folder holds nothing of this run
+        self.ranks = ranks
+        self.shards = [int(shard) for shard in np.array_split(np.arange(config.shards), ranks.size)[ranks.rank]]
 
-        self.dataset = open_data(config.data, ranks, say)
-        self.data_sha256: str = ranks.on_node(self.dataset.digest)
-        ranks.agree("the content of the data", self.data_sha256)
-        self.mean, self.std = ranks.on_node(lambda: statistics(self.dataset.train_images))
-        assert config.batch_size is not None and config.epochs is not None and config.crop is not None
+        self.data = open_data(config.data, ranks, say)
+        self.dataset = self.data.dataset
         self.loader = DataLoader(
             self.dataset.train_images,
             self.dataset.train_labels,
-            config.batch_size,
+            config.batch_size or 1,
             seed=config.seed,
             shards=config.shards,
             flip=config.flip,
-            crop_padding=config.crop,
-            mean=self.mean,
-            std=self.std,
+            crop_padding=config.crop or 0,
+            mean=self.data.mean,
+            std=self.data.std,
         )
         self.steps_per_epoch = len(self.loader)
-        self.total_steps = config.epochs * self.steps_per_epoch
+        self.total_steps = (config.epochs or 0) * self.steps_per_epoch
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
-        self.shards = [int(s) for s in np.array_split(np.arange(config.shards), ranks.size)[ranks.rank]]
 
-        _, channels, height, width = self.dataset.train_images.shape
-        size = height if height == width else (height, width)
-        self.options = {"in_channels": channels, "num_classes": len(self.dataset.classes), "image_size": size}
-        try:
-            self.model: Model = MODELS[config.model](**self.options, seed=config.seed)
-            if config.backend == "torch":
-                self.model.to_torch(config.device, index=ranks.local_rank)
-        except (ValueError, RuntimeError) as error:
-            raise UserError(str(error)) from None
+        self.options = model_options(self.dataset)
+        self.model = make_model(config, self.options, ranks.local_rank)
         self.F = self.model.F
         # torch cuts its sums by the number of threads: one, unless told otherwise, gives the same bits on any host
         self.threads = config.threads or (1 if config.backend == "torch" else ranks.default_threads())
         self.F.set_threads(self.threads)
-        self.model.skip_input_grad()
-        self.optimizer = self._make_optimizer()
-        names = [(name, math.prod(p.shape)) for name, (p, _) in self.model.named_parameters().items()]
+        self.optimizer = make_optimizer(config, self.model)
+        names = [(name, math.prod(param.shape)) for name, (param, _) in self.model.named_parameters().items()]
         sizes = [sum(size for _, size in names), math.prod(self.model.flat_buffers.shape), 4]
         self.reducer = (ExactReducer if config.reduction == "exact" else Reducer)(ranks, config.shards, sizes, names)
 
+        self.step = 0  # steps done since the beginning of the run
+        self.best = -1.0  # test accuracy of best.h5
+        self.epoch_counts = np.zeros(3)  # summed loss, correct, samples: since the beginning of the epoch
+        self.asked_to_stop, self.asked_at = False, math.inf  # whether and when this process got a signal
+        self.stopping = False  # all ranks have agreed to stop
         if saved is not None:
             self._continue_from(*saved)
         weights = np.array(self.F.to_numpy(self.model.flat_params))
         ranks.broadcast(weights)
         self.F.copy_into(self.model.flat_params, weights)
-        self._lock: Any = None
-        ranks.on_rank0(lambda: self._open_folder(elsewhere, say))
+
+        assert config.out is not None  # resolve() has set it
+        self.folder = RunFolder(config.out, ranks)
+        self.out = self.folder.path
+        elsewhere = saved is None or saved[0].resolve().parent != self.out  # the folder holds nothing of this run
+        self.folder.open(elsewhere, to_toml(config), say)
         self.report = Report(self.out, silent=ranks.rank != 0)
         if elsewhere:
             self.best = -1.0
             self._save(LAST)  # a full disk is better found now than after an epoch
         else:
             self.report.rewind(self.step, self.steps_per_epoch)
-
-    def _make_optimizer(self) -> optim.Optimizer:
-        config, parameters = self.config, self.model.parameters()
-        assert config.weight_decay is not None
-        if config.optimizer == "sgd":
-            return optim.SGD(
-                parameters, momentum=config.momentum, nesterov=config.momentum > 0, weight_decay=config.weight_decay
-            )
-        kind = {"adam": optim.Adam, "adamw": optim.AdamW}[str(config.optimizer)]
-        return kind(parameters, weight_decay=config.weight_decay)
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of ``step``, a function of the configuration alone."""
-        config = self.config
-        assert config.lr is not None and config.warmup is not None
-        warmup = round(config.warmup * self.total_steps)
-        if config.schedule == "cosine":
-            return optim.warmup_cosine(step, peak=config.lr, total=self.total_steps, warmup=warmup)
-        if config.schedule == "linear":
-            return optim.warmup_linear(step, peak=config.lr, total=self.total_steps, warmup=warmup)
-        if config.schedule == "step":
-            return optim.step_decay(step, initial=config.lr, every=math.ceil(self.total_steps / 3))
-        return config.lr
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +137,7 @@ class Trainer:
         F.copy_into(model.flat_buffers, statistics_sum / samples)
         if self.config.clip:
             optim.clip_grad_norm(self.optimizer.parameters, self.config.clip)
-        self.optimizer.lr = self.learning_rate(self.step)
+        self.optimizer.lr = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.step()
         if not np.isfinite(F.to_numpy(model.flat_params)).all():  # equal weights: all ranks find the same
             raise UserError(f"step {self.step}: the update made weights that are not finite; try a smaller --lr")
@@ -214,13 +151,12 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal asks to stop; return 0, or STOPPED. Leaves checkpoints in ``out``."""
-        previous = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             return self._run()
         finally:
             self.report.close()
-            if self._lock:
-                self._lock.close()
+            self.folder.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -272,12 +208,9 @@ class Trainer:
             )
 
     def _evaluate(self) -> Evaluation:
-        data = self.dataset
-        classes = len(data.classes)
-        return evaluate(
-            self.model, data.test_images, data.test_labels, classes=classes, mean=self.mean, std=self.std,
-            ranks=self.ranks,
-        )  # fmt: skip
+        images, labels, data = self.dataset.test_images, self.dataset.test_labels, self.data
+        classes = len(self.dataset.classes)
+        return evaluate(self.model, images, labels, classes=classes, mean=data.mean, std=data.std, ranks=self.ranks)
 
     def _end_epoch(self, seconds: float, done_before: float) -> Evaluation:
         """Evaluate, save and report after the last step of an epoch, or of the run."""
@@ -300,7 +233,7 @@ class Trainer:
                 "train_acc": correct / samples,
                 "test_loss": test.loss,
                 "test_acc": test.accuracy,
-                "lr": self.learning_rate(self.step - 1),
+                "lr": learning_rate(self.config, self.step - 1, self.total_steps),
                 "images_per_s": (samples - done_before) / seconds,
                 "seconds": seconds,
                 "ranks": self.ranks.size,
@@ -312,32 +245,29 @@ class Trainer:
     # -- on disk -----------------------------------------------------------------------------------------------------
 
     def _save(self, name: str) -> None:
-        """Write a checkpoint, by rank 0; all ranks are told if that fails."""
-        attributes = {
-            "config": json.dumps(to_plain(self.config)),
-            "epoch": self.step // self.steps_per_epoch,
-            "step": self.step,
-            "epoch_counts": self.epoch_counts.tolist(),
-            "best_test_acc": self.best,
-            "classes": list(self.dataset.classes),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "data_source": self.dataset.source,
-            "data_archive_sha256": self.dataset.sha256,
-            "data_sha256": self.data_sha256,
-        }
-        keep = self.out / PREVIOUS if name == LAST else None
+        """Write the checkpoint ``name``."""
 
-        def write() -> None:
-            with _as_user_errors():
-                described = model_attributes(self.config.model, self.options, self.model) | attributes
-                checkpoint.save(self.out / name, pack(self.model, self.optimizer), described, keep=keep)
+        def content() -> tuple[Arrays, dict[str, Any]]:
+            attributes = model_attributes(self.config.model, self.options, self.model) | {
+                "config": json.dumps(to_plain(self.config)),
+                "epoch": self.step // self.steps_per_epoch,
+                "step": self.step,
+                "epoch_counts": self.epoch_counts.tolist(),
+                "best_test_acc": self.best,
+                "classes": list(self.dataset.classes),
+                "mean": list(self.data.mean),
+                "std": list(self.data.std),
+                "data_source": self.dataset.source,
+                "data_archive_sha256": self.dataset.sha256,
+                "data_sha256": self.data.sha256,
+            }
+            return pack(self.model, self.optimizer), attributes
 
-        self.ranks.on_rank0(write)
+        self.folder.save(name, content)
 
-    def _continue_from(self, path: Path, arrays: Any, attributes: dict[str, Any]) -> None:
+    def _continue_from(self, path: Path, arrays: Arrays, attributes: dict[str, Any]) -> None:
         """Take up the run where its checkpoint left it."""
-        if attributes["data_sha256"] != self.data_sha256:
+        if attributes["data_sha256"] != self.data.sha256:
             raise UserError(
                 f"{path} was trained on other data ({attributes['data_source']}) than {self.config.data} "
                 f"({self.dataset.source}): name the same data with --data"
@@ -349,50 +279,3 @@ class Trainer:
         self.step = self.optimizer.steps = int(attributes["step"])
         self.best = float(attributes["best_test_acc"])
         self.epoch_counts[:] = attributes["epoch_counts"]
-
-    def _open_folder(self, fresh: bool, say: Any) -> None:
-        """Make and lock the run's folder, on rank 0. What another run left there is moved aside, never overwritten."""
-        try:
-            if self.out.exists():
-                self._lock_folder()
-            if fresh and any((self.out / name).exists() for name in (LAST, PREVIOUS, BEST, METRICS)):
-                number = 1
-                while (aside := self.out.with_name(f"{self.out.name}.old-{number}")).exists():
-                    number += 1
-                self.out.rename(aside)
-                say(f"the earlier run in {self.out} was moved to {aside}")
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._lock_folder()
-            (self.out / "config.toml").write_text(to_toml(self.config))
-        except OSError as error:
-            raise UserError(f"--out {self.out} cannot be used: {error.strerror}") from None
-
-    def _lock_folder(self) -> None:
-        """Hold the folder's lock until the run ends; a second job that wants it is refused."""
-        if self._lock:
-            self._lock.close()
-        self._lock = (self.out / "lock").open("w")
-        weakref.finalize(self, self._lock.close)  # of a trainer that never runs
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {self.out}: another job is training there; wait for it, or name another") from None
-        except OSError:
-            pass  # a file system without locks
-
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-def _find_checkpoint(config: Config, say: Any) -> tuple[Path, Any, dict[str, Any]] | None:
-    """Return the checkpoint that --resume means, or None for auto where there is none; on rank 0."""
-    with _as_user_errors():
-        if config.resume == "auto":
-            folder = resolve(config).out
-            assert folder is not None
-            found = newest(folder, say)
-            if found is None:
-                say(f"--resume: no checkpoint in {folder} yet; starting from the beginning")
-            return found
-        path = Path(str(config.resume))
-        return path, *checkpoint.load(path)
