@@ -1,6 +1,7 @@
 """What a run is: every setting, where it comes from (defaults, a TOML file, the command line) and what it shapes."""
 
 import dataclasses
+import inspect
 import json
 import math
 import tomllib
@@ -157,12 +158,19 @@ def parse(argv: Sequence[str]) -> tuple[Config, set[str]]:
         args=args,
         default=dataclasses.replace(Config(), **base),
         prog="cnnmpi.train",
-        description=f"{Config.__doc__}\n\n--config FILE.toml sets any of these as key = value; flags go before it.",
+        description=_description(),
     )
     fields = {item.name for item in dataclasses.fields(Config)}
     named = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in args if argument.startswith("--")}
     named = {name.removeprefix("no_") for name in named}
     return config, (named | set(base)) & fields
+
+
+def _description() -> str:
+    blocks = [inspect.cleandoc(Config.__doc__ or "")]
+    blocks += [f"{model}: " + ", ".join(f"{k} {v}" for k, v in recipe.items()) for model, recipe in RECIPES.items()]
+    blocks.append("--config FILE.toml sets any of these as key = value; the command line prevails.")
+    return "\n\n".join(blocks)
 
 
 def read_toml(path: str) -> dict[str, Any]:
