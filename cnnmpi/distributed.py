@@ -53,7 +53,6 @@ class Ranks:
         self.node = comm.Split_type(mpi.COMM_TYPE_SHARED) if comm else None
         self.local_rank: int = self.node.Get_rank() if self.node else 0
         self.local_size: int = self.node.Get_size() if self.node else 1
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # mpirun may bind every rank to a core of its own: then the ranks' sets are added up
         self.cores_on_node = len(set().union(*self.gather_node(_affinity())))
         self.oversubscribed = self.local_size > self.cores_on_node
@@ -154,7 +153,7 @@ class Ranks:
 
     def default_threads(self) -> int:
         """Return how many threads each rank of this host may use so that together they fill its cores."""
-        return max(1, self.cores_on_node // self.local_size) if self.local_size > 1 else self.cores
+        return max(1, self.cores_on_node // self.local_size)
 
     def abort(self, code: int) -> NoReturn:
         """End all ranks at once."""
