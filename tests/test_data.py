@@ -475,12 +475,14 @@ def test_a_path_is_converted_again_only_when_the_archive_has_changed(tmp_path):
         find_data("absent.h5", data)
 
 
-def test_a_data_folder_that_cannot_be_made_is_an_error(tmp_path, offline):
+def test_a_data_folder_that_cannot_be_made_is_an_error_but_for_auto(tmp_path, offline):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "data"):
         with pytest.raises(DataError, match="data folder cannot"):
-            find_data("auto", folder)
-    assert offline == []
+            find_data("cifar10", folder)
+        said: list[str] = []
+        assert find_data("auto", folder, notify=said.append) is None
+        assert "data folder cannot" in said[0] and "SYNTHETIC" in said[0]
 
 
 def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
