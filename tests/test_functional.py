@@ -619,12 +619,12 @@ def test_a_tensor_shares_the_arrays_memory_on_the_cpu() -> None:
 @needs_torch
 def test_devices_that_are_not_there_are_refused() -> None:
     _, F = engines()
-    F.check_device("cpu")
+    assert F.choose_device("cpu", 3) == "cpu"
     with pytest.raises(ValueError, match="'cuda:99' is not available"):
-        F.check_device("cuda:99")
+        F.choose_device("cuda:99")
     for unknown in ("tpu", "cuda:x", ""):
         with pytest.raises(ValueError, match="unknown device"):
-            F.check_device(unknown)
+            F.choose_device(unknown)
 
 
 @needs_torch
