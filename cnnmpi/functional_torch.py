@@ -75,7 +75,11 @@ def channels_last_view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _channels_last(x: Tensor) -> Tensor:
     """Return 4-D tensors in channels_last memory, copied only if they are not; others contiguous."""
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.contiguous_format)
+    if x.ndim != 4:
+        return x.contiguous()
+    _, C, H, W = x.shape
+    # torch leaves the strides of axes of size 1 open, and some kernels then guess another layout and fail
+    return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, (H * W * C, 1, W * C, C))
 
 
 # -- convolution and the linear layer --------------------------------------------------------------------------------
