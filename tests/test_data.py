@@ -677,3 +677,10 @@ def test_the_real_images():
     mean, std = statistics(dataset.train_images)
     np.testing.assert_allclose(mean, (0.4914, 0.4822, 0.4465), atol=2e-3)
     np.testing.assert_allclose(std, (0.2470, 0.2435, 0.2616), atol=2e-3)
+
+
+def test_flips_and_crops_are_drawn_anew_each_epoch():
+    x = np.arange(40 * 3 * 8 * 8, dtype=np.float32).reshape(40, 3, 8, 8)
+    for options in ({"flip": True}, {"crop_padding": 2}):
+        loader = DataLoader(x, np.arange(40), 40, shuffle=False, **options)
+        assert not np.array_equal(loader.batch(0)[0], loader.batch(1)[0])

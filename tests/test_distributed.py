@@ -48,6 +48,13 @@ def test_sums_are_right(ranks, kind, tolerance):
     np.testing.assert_allclose(counts, sum(c for _, c in parts), rtol=1e-6)
 
 
+def test_values_are_rounded_to_the_nearest_multiple():
+    values = np.array([0.6, -0.6, 2.4, 1e-13]) * 2.0**-40
+    reducer = ExactReducer(Ranks(), 1, [4])
+    reducer.add(0, values)
+    assert (reducer.reduce()[0] * 2.0**40).tolist() == [1, -1, 2, 0]
+
+
 @pytest.mark.mpi(min_size=1)
 def test_a_reducer_starts_anew_and_none_adds_nothing(ranks):
     reducer = ExactReducer(ranks, SHARDS, [2, 1])
