@@ -36,7 +36,8 @@ def set_threads(count: int) -> None:
 def _keep_freed_memory() -> None:
     """Let the C library keep what NumPy frees for the next array, instead of giving it back and faulting it in again.
 
-    Every step makes arrays of the same sizes: it took SimpleCNN's step from 19.6 to 13.9 ms (16 images). glibc only; elsewhere no effect.
+    Every step makes arrays of the same sizes: this took SimpleCNN's step from 19.6 to 13.9 ms (16 images). glibc only;
+    elsewhere it has no effect.
     """
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
