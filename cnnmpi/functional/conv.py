@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_in_order
+from cnnmpi.functional import winograd
+from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
 
 Size = int | tuple[int, int]
 
@@ -90,6 +91,9 @@ def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padd
     N, C, H, width = x.shape
     O, _, kH, kW = W.shape
     Ho, Wo = out_size(H, kH, sH, pH), out_size(width, kW, sW, pW)
+    cache = (x, W, b is not None, stride, padding)
+    if winograd.suits(x, W, (sH, sW), (pH, pW)):
+        return winograd.conv2d(x, W, b), cache
     Wrows = nhwc(W).reshape(O, kH * kW * C)  # a view: the filters are channels-last, too
     y = np.empty((N, Ho, Wo, O), x.dtype)
 
@@ -100,7 +104,7 @@ def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padd
             rows += b
 
     for_each_block(convolve, N, Ho * Wo * kH * kW * C * x.itemsize)
-    return nchw(y), (x, W, b is not None, stride, padding)
+    return nchw(y), cache
 
 
 def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[Array | None, Array, Array | None]:
@@ -109,17 +113,17 @@ def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[
     N, C, H, width = x.shape
     O, _, kH, kW = W.shape
     dy = nchw(nhwc(dy))
+    rows = nhwc(dy).reshape(-1, O)
+    db = sum_over_blocks(lambda block: column_sums(rows[block]), len(rows), O * x.itemsize) if has_bias else None
+    if input_grad and winograd.suits(x, W, pair(stride), pair(padding)):
+        return *winograd.conv2d_backward(dy, x, W), db
+
     bytes_each = dy[0, 0].size * kH * kW * C * x.itemsize
 
-    def filter_gradient(block: slice) -> tuple[Array, Array | None]:
-        rows = nhwc(dy[block]).reshape(-1, O)
-        db = column_sums(rows) if has_bias else None
-        return rows.T @ im2col(x[block], kH, kW, stride, padding), db
+    def filter_gradient(block: slice) -> Array:
+        return nhwc(dy[block]).reshape(-1, O).T @ im2col(x[block], kH, kW, stride, padding)
 
-    parts = for_each_block(filter_gradient, N, bytes_each)
-    dWrows = sum_in_order([part for part, _ in parts])
-    dW = nchw(dWrows.reshape(O, kH, kW, C))
-    db = sum_in_order([part for _, part in parts]) if has_bias else None
+    dW = nchw(sum_over_blocks(filter_gradient, N, bytes_each).reshape(O, kH, kW, C))
     if not input_grad:
         return None, dW, db
 

@@ -4,12 +4,15 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_in_order
+from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
 
 
 def _rows(x: Array) -> Array:
-    """View (N, C) or (N, C, H, W) as (M, C), one row for each sample that a channel has."""
-    return np.ascontiguousarray(x) if x.ndim == 2 else nhwc(x).reshape(-1, x.shape[1])
+    """View (N, C) as it is and (N, C, H, W) as (N * H, W * C): a row holds each channel once or W times.
+
+    NumPy repeats an operation per row, so long rows spare it most of its overhead.
+    """
+    return np.ascontiguousarray(x) if x.ndim == 2 else nhwc(x).reshape(-1, x.shape[1] * x.shape[3])
 
 
 def _like(rows: Array, x: Array) -> Array:
@@ -20,25 +23,31 @@ def _like(rows: Array, x: Array) -> Array:
     return nchw(rows.reshape(N, H, W, C))
 
 
-def batch_statistics(rows: Array) -> tuple[Array, Array]:
-    """Return the mean and the biased variance of each column of (M, C), both float64 (C,).
+def _channel_sums(rows: Array, channels: int) -> Array:
+    """Sum each channel of _rows: (C,)."""
+    return column_sums(column_sums(rows).reshape(-1, channels))
+
+
+def batch_statistics(rows: Array, channels: int) -> tuple[Array, Array]:
+    """Return the mean and the biased variance of each channel of _rows, both float64 (C,).
 
     Each block is centred on its own mean while it is in the cache, then the blocks' sums of squares are joined by
     the parallel formula of Chan, Golub and LeVeque (1979): one pass over memory, no cancellation.
     """
-    count, channels = rows.shape
+    repeats = rows.shape[1] // channels
 
     def centre(block: slice) -> Array:
         part = rows[block]
-        size = len(part)
-        rough = column_sums(part) / part.dtype.type(size)
-        centred = part - rough
-        rest = column_sums(centred).astype(np.float64) / size  # what float32 lost in the mean
+        size = len(part) * repeats
+        rough = _channel_sums(part, channels) / part.dtype.type(size)
+        centred = part - np.tile(rough, repeats)
+        rest = _channel_sums(centred, channels).astype(np.float64) / size  # what float32 lost in the mean
         np.multiply(centred, centred, out=centred)
         mean = rough + rest
-        return np.stack([mean * size, mean * mean * size, column_sums(centred) - rest * rest * size])
+        return np.stack([mean * size, mean * mean * size, _channel_sums(centred, channels) - rest * rest * size])
 
-    sums, mean_squares, squares = sum_in_order(for_each_block(centre, count, rows.itemsize * channels))
+    sums, mean_squares, squares = sum_over_blocks(centre, len(rows), 2 * rows.strides[0])
+    count = rows.size // channels
     mean = sums / count
     return mean, squares / count + np.maximum(mean_squares / count - mean * mean, 0)
 
@@ -60,28 +69,30 @@ def batch_norm(
     variance as unbiased estimate) by the share ``momentum``; otherwise the running ones are used. ``gamma``, ``beta``
     and the running statistics are (C,). Raises ValueError in training where a channel has one value only.
     """
-    rows = _rows(x)
-    count = len(rows)
+    rows, channels = _rows(x), x.shape[1]
+    count = rows.size // channels
     if training:
         if count < 2:
             raise ValueError(f"batch normalisation in training needs more than one value per channel, got {x.shape}")
-        mean, var = batch_statistics(rows)
+        mean, var = batch_statistics(rows, channels)
         running_mean += (momentum * (mean - running_mean)).astype(x.dtype)
         running_var += (momentum * (var * (count / (count - 1)) - running_var)).astype(x.dtype)
     else:
         mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
     inv_std = 1 / np.sqrt(var + eps)
-    centre = mean.astype(x.dtype)
-    scale = (gamma * inv_std).astype(x.dtype)
+    repeats = rows.shape[1] // channels
+    centre = np.tile(mean.astype(x.dtype), repeats)
+    scale = np.tile((gamma * inv_std).astype(x.dtype), repeats)
+    shift = np.tile(beta, repeats)
     y = np.empty_like(rows)
 
     def normalise(block: slice) -> None:
         part = y[block]
         np.subtract(rows[block], centre, out=part)
         part *= scale
-        part += beta
+        part += shift
 
-    for_each_block(normalise, count, rows.itemsize * rows.shape[1])
+    for_each_block(normalise, len(rows), 2 * rows.strides[0])
     return _like(y, x), (x, centre, inv_std, gamma, training)
 
 
@@ -92,32 +103,32 @@ def batch_norm_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array]:
     dx = gamma / std * (dy - dbeta / M - xhat dgamma / M); with fixed statistics dx = gamma / std * dy.
     """
     x, centre, inv_std, gamma, training = cache
-    rows, drows = _rows(x), _rows(dy)
-    count, channels = rows.shape
+    rows, drows, channels = _rows(x), _rows(dy), x.shape[1]
+    repeats = rows.shape[1] // channels
+    count = len(rows) * repeats
 
     def sums(block: slice) -> Array:
         centred = rows[block] - centre
         centred *= drows[block]
-        return np.stack([column_sums(drows[block]), column_sums(centred)]).astype(np.float64)
+        return np.stack([_channel_sums(drows[block], channels), _channel_sums(centred, channels)]).astype(np.float64)
 
-    bytes_each = rows.itemsize * channels
-    dbeta, dgamma = sum_in_order(for_each_block(sums, count, bytes_each))
+    dbeta, dgamma = sum_over_blocks(sums, len(rows), 3 * rows.strides[0])
     dgamma = dgamma * inv_std
-    scale = (gamma * inv_std).astype(x.dtype)
-    shift = (dbeta / count).astype(x.dtype)
-    slope = (inv_std * dgamma / count).astype(x.dtype)
+    scale = np.tile((gamma * inv_std).astype(x.dtype), repeats)
+    shift = np.tile((dbeta / count).astype(x.dtype), repeats)
+    slope = np.tile((inv_std * dgamma / -count).astype(x.dtype), repeats)
     dx = np.empty_like(rows)
 
     def gradient(block: slice) -> None:
         part = dx[block]
         if training:
             np.subtract(rows[block], centre, out=part)
-            part *= -slope
+            part *= slope
             part += drows[block]
             part -= shift
             part *= scale
         else:
             np.multiply(drows[block], scale, out=part)
 
-    for_each_block(gradient, count, bytes_each)
+    for_each_block(gradient, len(rows), 3 * rows.strides[0])
     return _like(dx, x), dgamma.astype(x.dtype), dbeta.astype(x.dtype)

@@ -41,11 +41,13 @@ def max_pool2d(x: Array, k: Size, *, stride: Size | None = None, padding: Size =
 
     def pool(block: slice) -> None:
         first, *others = _corners(pad(nhwc(x[block]), pair(padding), -np.inf), k, stride)
-        np.copyto(y[block], first)
+        best = first
         for corner in others:
-            np.maximum(y[block], corner, out=y[block])
+            best = np.maximum(best, corner, out=y[block])
+        if not others:
+            y[block] = first
 
-    for_each_block(pool, len(x), x[0].nbytes)
+    for_each_block(pool, len(x), 2 * x[0].nbytes)
     return nchw(y), (x, nchw(y), k, stride, padding)
 
 
@@ -58,7 +60,9 @@ def max_pool2d_backward(dy: Array, cache: Any) -> Array:
 
     def spread(block: slice) -> None:
         padded = pad(nhwc(x[block]), pair(padding), -np.inf)
-        dpadded = np.zeros_like(padded)
+        dx_block = dx[block]
+        dpadded = dx_block if padded.shape[1:3] == (H, W) else np.empty_like(padded)
+        dpadded[...] = 0
         peak, dpeak = nhwc(y[block]), nhwc(dy[block])
         open_ = np.ones(peak.shape, bool)  # windows whose maximum is still to be found
         for corner, dcorner in zip(_corners(padded, k, stride), _corners(dpadded, k, stride), strict=True):
@@ -69,9 +73,10 @@ def max_pool2d_backward(dy: Array, cache: Any) -> Array:
                 np.multiply(dpeak, hit, out=dcorner)
             else:
                 dcorner += dpeak * hit
-        dx[block] = _inside(dpadded, padding)
+        if dpadded is not dx_block:
+            dx_block[...] = _inside(dpadded, padding)
 
-    for_each_block(spread, N, x[0].nbytes)
+    for_each_block(spread, N, 3 * x[0].nbytes)
     return nchw(dx)
 
 

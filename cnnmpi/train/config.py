@@ -87,7 +87,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "crop": 2,
     },
     "smallresnet": {
-        "epochs": 14,
+        "epochs": 18,
         "batch_size": 256,
         "optimizer": "sgd",
         "lr": 0.25,
@@ -95,7 +95,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 0.2,
         "weight_decay": 5e-4,
         "label_smoothing": 0.1,
-        "crop": 2,
+        "crop": 3,
     },
 }
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
