@@ -10,15 +10,7 @@ from cnnmpi.models import MODELS, Model, SimpleCNN, SmallResNet
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
-
-
-class TorchResidual(nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        self.body = body
-
-    def forward(self, x):
-        return x + self.body(x)
+torch_twin = pytest.importorskip("benchmarks.torch_twin").torch_twin
 
 
 class TorchSimpleCNN(nn.Module):
@@ -32,37 +24,6 @@ class TorchSimpleCNN(nn.Module):
 
     def forward(self, x):
         return self.classifier(self.features(x).flatten(1))
-
-
-def torch_twin(model: Model) -> nn.Module:
-    """Build the torch.nn module that ``model`` describes, layer by layer, with the same dotted names."""
-
-    def convert(layer):
-        if isinstance(layer, L.Conv2d):
-            return nn.Conv2d(layer.in_c, layer.out_c, layer.k, layer.stride, layer.padding, bias="bias" in layer.params)
-        if isinstance(layer, L.Linear):
-            return nn.Linear(layer.in_features, layer.out_features)
-        if isinstance(layer, L.BatchNorm):
-            return nn.BatchNorm2d(layer.num_features)
-        if isinstance(layer, L.Residual):
-            return TorchResidual(convert(layer.body))
-        if isinstance(layer, L.Sequential):
-            return nn.Sequential(*map(convert, layer.layers))
-        simple = {L.ReLU: nn.ReLU, L.Flatten: nn.Flatten}
-        if type(layer) in simple:
-            return simple[type(layer)]()
-        if isinstance(layer, L.MaxPool2d):
-            return nn.MaxPool2d(layer.k, layer.stride)
-        assert isinstance(layer, L.GlobalAvgPool2d)
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-    twin = nn.Sequential()
-    for name, layer in model.children():
-        twin.add_module(name, convert(layer))
-    state = {name: torch.from_numpy(array) for name, array in model.state_dict().items()}
-    result = twin.load_state_dict(state, strict=True)
-    assert not result.missing_keys and not result.unexpected_keys
-    return twin
 
 
 def batch(n=6, size=32, seed=0):

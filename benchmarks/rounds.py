@@ -1,0 +1,121 @@
+"""Competitors take turns, so that a machine whose speed drifts slows all of them alike; medians are compared."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
+
+
+class Competitor:
+    """A worker process; ``mpirun`` is put before its command."""
+
+    def __init__(self, kind: str, model: str, batch: int, threads: int, mpirun: tuple[str, ...] = ()) -> None:
+        command = [*mpirun, sys.executable, "-m", "benchmarks.worker", kind, model, str(batch), str(threads)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        self.steps = 1  # in a turn
+        self.seconds: list[float] = []  # of a step, one for each turn
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.failure = ""
+        self._answer()
+
+    def ask(self, request: str) -> Any:
+        """Send a request and wait for its answer; None once the process has failed."""
+        if self.failure:
+            return None
+        assert self.process.stdin is not None
+        print(request, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line[0] in '"0123456789n':  # others are the trainer's own words
+                return json.loads(line)
+        self.process.wait()
+        assert self.process.stderr is not None
+        self.failure = (self.process.stderr.read().strip() or f"exit code {self.process.returncode}").splitlines()[-1]
+        return None
+
+    def close(self) -> None:
+        """Let the process end."""
+        assert self.process.stdin is not None
+        if self.process.poll() is None:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def take_turns(competitors: dict[str, Competitor], rounds: int, seconds: float) -> None:
+    """Time every competitor ``rounds`` times in turn; a turn takes about ``seconds``."""
+    for side in competitors.values():
+        once = side.ask("steps 1")
+        side.steps = max(1, round(seconds / once)) if once else 1
+    for _ in range(rounds):
+        for side in competitors.values():
+            taken = side.ask(f"steps {side.steps}")
+            if taken:
+                side.seconds.append(taken / side.steps)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Lay out a table that Markdown understands and people can read."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+             for row in [header, *rows]]  # fmt: skip
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def ratios(sides: dict[str, Competitor], of: str, against: list[str]) -> str:
+    """Say how many times as fast ``of`` was as each of ``against``: the median of the rounds' ratios."""
+    words = []
+    for name in against:
+        if sides[of].seconds and sides[name].seconds:
+            pairs = zip(sides[of].seconds, sides[name].seconds, strict=False)
+            ratio = statistics.median(theirs / ours for ours, theirs in pairs)
+            words.append(f"{ratio:.2f} times as fast as {name}")
+    return f"{of} is " + ", ".join(words) if words else ""
+
+
+def spread(seconds: list[float]) -> str:
+    """Median and quartiles in milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    return f"{middle * 1e3:.1f} ({low * 1e3:.1f}-{high * 1e3:.1f})"
+
+
+def refuse_slow_blas() -> None:
+    """End where the environment forces OpenBLAS to kernels that it would not choose: the comparison would be unfair."""
+    forced = [f"{name}={os.environ[name]}" for name in FORCED if name in os.environ]
+    if forced:
+        sys.exit(
+            f"{' '.join(forced)} forces OpenBLAS to other kernels than this processor's: the comparison would be "
+            f"unfair to NumPy. Run it again with: env {' '.join('-u ' + name for name in FORCED)} python -m benchmarks"
+        )
+
+
+def hardware() -> str:
+    """Name the machine, the packages and the BLAS kernels that run."""
+    import torch
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    ) if Path("/proc/cpuinfo").exists() else platform.processor()  # fmt: skip
+    np.ones((2, 2)) @ np.ones((2, 2))
+    kernels = {str(i.get("architecture")) for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"}
+    return (
+        f"{datetime.date.today()}, {model}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, "
+        f"NumPy {np.__version__} with OpenBLAS kernels {', '.join(sorted(kernels))}, PyTorch {torch.__version__} "
+        f"({torch.backends.cpu.get_cpu_capability()})"
+    )

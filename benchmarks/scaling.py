@@ -1,0 +1,55 @@
+"""Images per second of the whole trainer on ranks and threads, and of PyTorch DDP with two processes.
+
+    python -m benchmarks.scaling [--model smallresnet]
+
+cnnmpi trains from its data set, with augmentation and exact reduction; DDP gets the same ready-made batch each time.
+"""
+
+import argparse
+import statistics
+
+from benchmarks.rounds import Competitor, hardware, ratios, refuse_slow_blas, spread, table, take_turns
+from cnnmpi.models import MODELS
+
+
+def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
+    """Return the table and the ratios for one model."""
+    sides = {
+        "1 process, 1 thread": Competitor("ranks", model, batch, 1),
+        "1 process, 2 threads": Competitor("ranks", model, batch, 2),
+    }
+    for count in range(2, most_ranks + 1, 2):
+        sides[f"{count} ranks, 1 thread"] = Competitor("ranks", model, batch, 1, ("mpirun", "-n", str(count)))
+    ddp = ["DDP, 2 processes", "DDP channels_last, 2 processes"]
+    for name, kind in zip(ddp, ("ddp", "ddp channels_last"), strict=True):
+        sides[name] = Competitor(kind, model, batch, 1)
+    take_turns(sides, rounds, seconds=1.0)
+    rows = []
+    for name, side in sides.items():
+        if side.failure:
+            rows.append([name, f"does not work here: {side.failure[:60]}", ""])
+        else:
+            rows.append([name, spread(side.seconds), f"{batch / statistics.median(side.seconds):.0f}"])
+        side.close()
+    words = [ratios(sides, "2 ranks, 1 thread", ["1 process, 1 thread", *ddp]),
+             ratios(sides, "1 process, 2 threads", ["1 process, 1 thread"])]  # fmt: skip
+    return (
+        f"### {model}, global batch {batch}\n\n{table(['', 'ms a step (quartiles)', 'images/s'], rows)}\n\n"
+        f"{rounds} rounds. {'. '.join(words)}.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="smallresnet")
+    parser.add_argument("--batch", type=int, default=128, help="of all ranks together")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--ranks", type=int, default=2, help="most ranks to try, in steps of two")
+    args = parser.parse_args()
+    refuse_slow_blas()
+    print(hardware(), "\n")
+    print(compare(args.model, args.batch, args.rounds, args.ranks))
+
+
+if __name__ == "__main__":
+    main()

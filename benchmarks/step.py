@@ -1,0 +1,170 @@
+"""One training step - forward, loss, backward, optimizer - of cnnmpi and of PyTorch, on the same threads.
+
+python -m benchmarks.step [--model smallresnet] [--threads 2] [--profile]
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import threadpoolctl
+
+from benchmarks.rounds import Competitor, hardware, ratios, refuse_slow_blas, spread, table, take_turns
+from benchmarks.worker import Ours, inputs
+from cnnmpi import functional
+from cnnmpi.functional import conv, winograd
+from cnnmpi.layers import Conv2d, Layer, Linear
+from cnnmpi.models import MODELS
+
+KINDS = ["numpy", "torch engine", "torch eager", "torch channels_last", "torch compile"]
+# float32 sums in another order differ by some 1e-6; where that carries a value over the kink of a ReLU or to another
+# maximum of a pool, single entries of a gradient jump, but not its norm
+TOLERANCE = 0.01
+
+
+def products(model: str, batch: int) -> float:
+    """Return the floating-point operations of the matrix products in a step, as direct convolution counts them."""
+    net, total = MODELS[model](), 0.0
+    first = next(layer for _, layer in net.walk() if isinstance(layer, Conv2d))
+
+    def count(layer: Layer) -> None:
+        forward = layer.forward
+
+        def counting(x: Any) -> Any:
+            nonlocal total
+            y = forward(x)
+            share = np.prod(layer.params["weight"].shape[1:]) * y.size * 2
+            total += float(share) * (2 if layer is first else 3)  # the first needs no gradient of its input
+            return y
+
+        layer.forward = counting
+
+    for _, layer in net.walk():
+        if isinstance(layer, Conv2d | Linear):
+            count(layer)
+    net.forward(inputs(2)[0])
+    return total * batch / 2
+
+
+def peak(threads: int) -> float:
+    """Return the most floating-point operations a second that a matrix product of this machine reaches."""
+    a, b = np.ones((2048, 2048), np.float32), np.ones((2048, 2048), np.float32)
+    best = 1e9
+    with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+        for _ in range(8):
+            started = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - started)
+    return 2 * 2048**3 / best
+
+
+def check_equal(sides: dict[str, Competitor]) -> None:
+    """Compare everybody's first logits and gradients with those of torch eager; a difference is an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = {}
+        for index, (name, side) in enumerate(sides.items()):
+            file = Path(folder) / f"{index}.npz"
+            side.ask(f"check {file}")
+            if not side.failure:
+                results[name] = dict(np.load(file))
+        expected = results["torch eager"]
+        for name, result in results.items():
+            assert result.keys() == expected.keys(), name
+            for key, value in result.items():
+                error = np.linalg.norm(value - expected[key]) / np.linalg.norm(expected[key])
+                if not error < TOLERANCE:
+                    raise SystemExit(f"{name}: {key} differs from torch eager by {error:.2g} of its norm")
+
+
+def compare(model: str, batch: int, threads: int, rounds: int) -> str:
+    """Return the table and the ratios for one model and number of threads."""
+    sides = {kind: Competitor(kind, model, batch, threads) for kind in KINDS}
+    check_equal(sides)
+    take_turns(sides, rounds, seconds=0.5)
+    operations, fastest = products(model, batch), peak(threads)
+    rows = []
+    for name, side in sides.items():
+        if side.failure:
+            rows.append([name, f"does not work here: {side.failure[:60]}", "", "", "", ""])
+            continue
+        middle, memory = statistics.median(side.seconds), side.ask("memory")
+        speed = operations / middle
+        cells = [spread(side.seconds), f"{batch / middle:.0f}", f"{speed / 1e9:.0f}", f"{speed / fastest:.0%}"]
+        rows.append([name, *cells, f"{memory:.0f}"])
+    for side in sides.values():
+        side.close()
+    header = ["step", "ms (quartiles)", "images/s", "GFLOP/s", "of matrix peak", "memory MiB"]
+    return (
+        f"### {model}, batch {batch}, {threads} thread{'s' * (threads > 1)}\n\n{table(header, rows)}\n\n"
+        f"{rounds} rounds; matrix product of 2048: {fastest / 1e9:.0f} GFLOP/s. {ratios(sides, 'numpy', KINDS[2:])}.\n"
+    )
+
+
+def profile(model: str, batch: int, threads: int, steps: int = 10) -> str:
+    """Return where a NumPy step's time goes: layer by layer, and inside the convolutions op by op."""
+    side = Ours("numpy", model, batch, threads)
+    times: dict[str, list[float]] = {}
+
+    def timed(where: str, function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args, **options)
+            times.setdefault(where, []).append(time.perf_counter() - started)
+            return result
+
+        return call
+
+    for name, layer in side.model.walk():
+        if not list(layer.children()):
+            layer.forward = timed(f"{name} {layer!r} forward", layer.forward)
+            layer.backward = timed(f"{name} {layer!r} backward", layer.backward)
+    side.optimizer.step = timed("optimizer", side.optimizer.step)
+    parts = {"_transform_filters", "_transform_data", "_scatter_data", "_gather_output", "_spread_output"}
+    original = {(m, n): getattr(m, n) for m, names in ((winograd, parts), (conv, {"im2col"})) for n in names}
+    try:
+        for (module, name), function in original.items():
+            setattr(module, name, timed(f"of it {name.lstrip('_')}", function))
+        for _ in range(steps + 1):
+            side.step()
+    finally:
+        for (module, name), function in original.items():
+            setattr(module, name, function)
+    total = {where: sum(values) / (steps + 1) * 1e3 for where, values in times.items()}
+    whole = sum(value for where, value in total.items() if not where.startswith("of it"))
+    rows = [[where, f"{value:.2f}", f"{value / whole:.1%}"] for where, value in total.items()]
+    kinds: dict[str, float] = {}
+    for where, value in total.items():
+        kind = "  " + where if where.startswith("of it") else (where.split("(")[0].split() or [where])[-1]
+        kinds[kind] = kinds.get(kind, 0) + value
+    summary = [[kind, f"{value:.2f}", f"{value / whole:.1%}"] for kind, value in kinds.items()]
+    header = ["", "ms", "share"]
+    return (
+        f"### {model}, batch {batch}, {threads} thread{'s' * (threads > 1)}: profile of the NumPy step\n\n"
+        f"{table(['layer', *header[1:]], [row for row in rows if not row[0].startswith('of it')])}\n\n"
+        f"{table(['kind', *header[1:]], summary)}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="smallresnet")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="print where the NumPy step's time goes")
+    args = parser.parse_args()
+    refuse_slow_blas()
+    functional.set_threads(args.threads)
+    if args.profile:
+        print(profile(args.model, args.batch, args.threads))
+        return
+    print(hardware(), "\n")
+    print(compare(args.model, args.batch, args.threads, args.rounds))
+
+
+if __name__ == "__main__":
+    main()

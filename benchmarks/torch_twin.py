@@ -1,0 +1,44 @@
+"""The torch.nn module that computes what a cnnmpi model computes: the reference of the tests and of the benchmarks."""
+
+import torch
+from torch import nn
+
+from cnnmpi import layers as L
+from cnnmpi.models import Model
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+def torch_twin(model: Model) -> nn.Module:
+    """Build the module layer by layer, with the same dotted names and weights."""
+    twin = nn.Sequential()
+    for name, layer in model.children():
+        twin.add_module(name, convert(layer))
+    twin.load_state_dict({name: torch.from_numpy(array) for name, array in model.state_dict().items()}, strict=True)
+    return twin
+
+
+def convert(layer: L.Layer) -> nn.Module:
+    if isinstance(layer, L.Conv2d):
+        return nn.Conv2d(layer.in_c, layer.out_c, layer.k, layer.stride, layer.padding, bias="bias" in layer.params)
+    if isinstance(layer, L.Linear):
+        return nn.Linear(layer.in_features, layer.out_features)
+    if isinstance(layer, L.BatchNorm):
+        return nn.BatchNorm2d(layer.num_features)
+    if isinstance(layer, L.Residual):
+        return Residual(convert(layer.body))
+    if isinstance(layer, L.Sequential):
+        return nn.Sequential(*map(convert, layer.layers))
+    if isinstance(layer, L.MaxPool2d):
+        return nn.MaxPool2d(layer.k, layer.stride)
+    if isinstance(layer, L.GlobalAvgPool2d):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    simple: dict[type[L.Layer], type[nn.Module]] = {L.ReLU: nn.ReLU, L.Flatten: nn.Flatten}
+    return simple[type(layer)]()

@@ -1,0 +1,209 @@
+"""One competitor in a process of its own: obeys lines on standard input, answers each by a line of JSON.
+
+    python -m benchmarks.worker KIND MODEL BATCH THREADS
+
+``check FILE`` writes logits and gradients of the first step, ``steps N`` answers the seconds that N steps took,
+``memory`` the peak resident memory in MiB since the imports. Under mpirun, rank 0 listens for all.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnmpi import functional
+from cnnmpi.distributed import Ranks, start
+from cnnmpi.models import MODELS, Model
+from cnnmpi.optim import SGD
+
+LR, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
+
+
+def inputs(batch: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return images (batch, 3, 32, 32) in channels-last memory, and labels."""
+    draw = np.random.default_rng(0)
+    images = draw.standard_normal((batch, 32, 32, 3), dtype=np.float32)
+    return images.transpose(0, 3, 1, 2), draw.integers(0, 10, batch)
+
+
+def resident(what: str) -> float:
+    """Return this process's resident memory now (VmRSS) or at its peak (VmHWM), in MiB. Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith(what))
+
+
+class Ours:
+    """cnnmpi's layers and optimizer, on NumPy or on torch."""
+
+    def __init__(self, kind: str, model: str, batch: int, threads: int) -> None:
+        self.model: Model = MODELS[model](seed=0)
+        if kind == "torch engine":
+            self.model.to_torch()
+        self.model.F.set_threads(threads)
+        self.model.skip_input_grad()
+        self.optimizer = SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
+        x, y = inputs(batch)
+        like = self.model.flat_params
+        self.x, self.y = self.model.F.as_array(x, like=like), self.model.F.as_array(y, like=like)
+
+    def gradients(self) -> Any:
+        self.model.zero_grad()
+        logits = self.model.forward(self.x)
+        _, dlogits = self.model.F.cross_entropy_loss(logits, self.y)
+        self.model.backward(dlogits)
+        return logits
+
+    def step(self) -> None:
+        self.gradients()
+        self.optimizer.step()
+
+    def check(self) -> dict[str, np.ndarray[Any, Any]]:
+        logits = self.model.F.to_numpy(self.gradients()).copy()
+        grads = {name: self.model.F.to_numpy(grad) for name, (_, grad) in self.model.named_parameters().items()}
+        return {"logits": logits, **grads}
+
+
+class Torch:
+    """torch.nn with autograd: eager, eager channels_last or compiled."""
+
+    def __init__(self, kind: str, model: str, batch: int, threads: int) -> None:
+        import torch
+
+        from benchmarks.torch_twin import torch_twin
+
+        torch.set_num_threads(threads)
+        layout = torch.contiguous_format if kind == "torch eager" else torch.channels_last
+        twin = torch_twin(MODELS[model](seed=0)).to(memory_format=layout)
+        x, y = inputs(batch)
+        self.x, self.y = torch.from_numpy(x).contiguous(memory_format=layout), torch.from_numpy(y)
+        self.twin, self.forward = twin, torch.compile(twin) if kind == "torch compile" else twin
+        decayed = [p for p in twin.parameters() if p.ndim > 1]
+        others = [p for p in twin.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others}]
+        self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, nesterov=True)
+        self.loss = torch.nn.functional.cross_entropy
+
+    def gradients(self) -> Any:
+        self.optimizer.zero_grad()
+        logits = self.forward(self.x)
+        self.loss(logits, self.y).backward()
+        return logits
+
+    def step(self) -> None:
+        self.gradients()
+        self.optimizer.step()
+
+    def check(self) -> dict[str, np.ndarray[Any, Any]]:
+        logits = self.gradients().detach().numpy().copy()
+        return {"logits": logits, **{n: p.grad.numpy() for n, p in self.twin.named_parameters() if p.grad is not None}}
+
+
+class Trained:
+    """cnnmpi's whole trainer, with its data path, augmentation and exact reduction, on all ranks."""
+
+    def __init__(self, ranks: Ranks, model: str, batch: int, threads: int) -> None:
+        from cnnmpi.train.config import Config
+        from cnnmpi.train.trainer import Trainer
+
+        out = Path(ranks.on_rank0(tempfile.mkdtemp)) / "run"
+        config = Config(model=model, batch_size=batch, threads=threads, data="synthetic", out=out)
+        self.step = Trainer(config, ranks).train_step
+
+
+def ddp(rank: int, kind: str, model: str, batch: int, port: int) -> None:
+    """Run one of two PyTorch DDP processes (gloo), one thread each, half of the batch each; rank 0 listens."""
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    side = Torch("torch eager" if kind == "ddp" else "torch channels_last", model, batch // 2, 1)
+    side.forward = DistributedDataParallel(side.twin)
+
+    def agree(count: int) -> int:
+        asked = torch.tensor([count])
+        dist.broadcast(asked, 0)
+        return int(asked)
+
+    if rank == 0:
+        serve({"steps": lambda count: timed(side.step, agree(int(count)))})
+        agree(-1)
+    else:
+        while (count := agree(0)) >= 0:
+            timed(side.step, count)
+
+
+def timed(step: Callable[[], Any], count: int) -> float:
+    """Return the seconds of ``count`` steps, after one that brings this competitor's data back into the caches."""
+    step()
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    return time.perf_counter() - started
+
+
+def serve(answers: dict[str, Callable[[str], Any]]) -> None:
+    """Answer requests until standard input ends."""
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        word, _, argument = line.strip().partition(" ")
+        print(json.dumps(answers[word](argument)), flush=True)
+
+
+def serve_ranks(ranks: Ranks, step: Callable[[], Any]) -> None:
+    """Let all ranks do the steps that rank 0 is asked for; between requests nobody keeps a core busy."""
+    asked = np.zeros(1, np.int64)
+
+    def agree(count: int) -> int:
+        asked[0] = count
+        if ranks.comm is not None:
+            request = ranks.comm.Ibcast(asked, root=0)
+            while not request.Test():
+                time.sleep(0.005)
+        return int(asked[0])
+
+    if ranks.rank == 0:
+        serve({"steps": lambda count: timed(step, agree(int(count)))})
+        agree(-1)
+    else:
+        while (count := agree(0)) >= 0:
+            timed(step, count)
+
+
+def main() -> None:
+    kind, model, batch, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    if kind == "ranks":
+        ranks = start()
+        serve_ranks(ranks, Trained(ranks, model, batch, threads).step)
+        return
+    if kind.startswith("ddp"):
+        import torch.multiprocessing as mp
+
+        port = 20000 + os.getpid() % 20000
+        other = mp.get_context("spawn").Process(target=ddp, args=(1, kind, model, batch, port), daemon=True)
+        other.start()
+        ddp(0, kind, model, batch, port)
+        return
+    if kind != "numpy":
+        import torch  # noqa: F401 - before the memory is measured
+    functional.set_threads(threads)
+    before = resident("VmRSS")
+    side = (Ours if kind in ("numpy", "torch engine") else Torch)(kind, model, batch, threads)
+    serve(
+        {
+            "check": lambda file: np.savez(file, **side.check()),
+            "steps": lambda count: timed(side.step, int(count)),
+            "memory": lambda _: resident("VmHWM") - before,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
