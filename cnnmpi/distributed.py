@@ -273,16 +273,18 @@ class Reducer:
         self.ranks, self.shards, self.sizes, self.names = ranks, shards, list(sizes), list(names)
         # one message: the arrays one after another, then a flag for each shard, 0 where all is well
         self._message = np.zeros(sum(sizes) + shards, self.dtype)
+        self._lock = threading.Lock()
         self._total, self._flags = self._message[: sum(sizes)], self._message[sum(sizes) :]
 
     def add(self, shard: int, *arrays: Array | None) -> None:
-        """Add the arrays of one shard; they are left alone. None adds nothing."""
+        """Add the arrays of one shard; they are left alone. None adds nothing. Any thread may call."""
         start = 0
-        for index, (array, size) in enumerate(zip(arrays, self.sizes, strict=True)):
-            total = self._total[start : start + size]
-            if array is not None and not self._accumulate(array, total) and not self._flags[shard]:
-                self._flags[shard] = self._blame(array) if index == 0 else len(self.names) + 1
-            start += size
+        with self._lock:
+            for index, (array, size) in enumerate(zip(arrays, self.sizes, strict=True)):
+                total = self._total[start : start + size]
+                if array is not None and not self._accumulate(array, total) and not self._flags[shard]:
+                    self._flags[shard] = self._blame(array) if index == 0 else len(self.names) + 1
+                start += size
 
     def reduce(self, step: int = 0) -> list[Array]:
         """Return the sums over all shards of all ranks as float64 arrays, and start anew at zero.

@@ -147,6 +147,12 @@ class Model(Layer):
                 arrays[key] = view
                 start += size
 
+    def share_parameters(self, other: "Model") -> None:
+        """Compute with the parameter arrays of ``other``, a model of the same shape; gradients and buffers stay own."""
+        self._lay_out()
+        self._rehome("params", other.flat_params)
+        self._pairs[:] = self.named_parameters().values()
+
     # -- the engine --------------------------------------------------------------------------------------------------
 
     def to_torch(self, device: str = "cpu", index: int = 0) -> "Model":

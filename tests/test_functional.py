@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnnmpi import functional
-from cnnmpi.functional import blocks
+from cnnmpi.functional import blocks, conv, winograd
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
 sweep = settings(max_examples=40, deadline=None, derandomize=True)  # derandomized: all MPI ranks draw the same examples
@@ -120,7 +120,11 @@ def check(
     dtype = next(a.dtype.name for a in arrays if a is not None)
     layouts = {"channels_last": draw(st.booleans()), "dout_channels_last": draw(st.booleans())}
     expected = autograd(twin, arrays)
-    with mock.patch.object(blocks, "BLOCK_BYTES", draw(st.sampled_from([1, 3000, blocks.BLOCK_BYTES]))):
+    with (
+        mock.patch.object(blocks, "BLOCK_BYTES", draw(st.sampled_from([1, 3000, blocks.BLOCK_BYTES]))),
+        mock.patch.object(conv, "FEW", draw(st.sampled_from([1, conv.FEW]))),
+        mock.patch.object(winograd, "LEAST", draw(st.sampled_from([1, winograd.LEAST]))),
+    ):
         for F in engines():
             got = run(F, name, arrays, *args, **layouts, **options)
             assert_close(got[: len(expected)], expected, dtype)
@@ -154,6 +158,25 @@ def test_conv2d_matches_autograd(window: dict[str, Any], O: int, bias: bool, dat
     W = random(O, x.shape[1], *window["kHkW"], seed=1, dtype=x.dtype.name)
     b = random(O, seed=2, dtype=x.dtype.name) if bias else None
     check(data.draw, "conv2d", lambda x, W, b: torch.conv2d(x, W, b, **how), [x, W, b], **how)
+
+
+@sweep
+@given(
+    st.tuples(*(st.integers(1, high) for high in (5, 6, 5, 5, 4))),
+    st.sampled_from(["float32", "float64"]),
+    st.booleans(),
+)
+def test_winograd_equals_im2col(sizes: tuple[int, ...], dtype: str, bias: bool) -> None:
+    N, C, O, half_H, half_W = sizes
+    x, W = random(N, C, 2 * half_H, 2 * half_W, dtype=dtype), random(O, C, 3, 3, seed=1, dtype=dtype)
+    arrays = [x, W, random(O, seed=2, dtype=dtype) if bias else None]
+    expected = run(functional, "conv2d", arrays, padding=1)
+    with (
+        mock.patch.object(winograd, "LEAST", 1),
+        mock.patch.object(winograd, "SHARE", 1e-4 * N),  # several blocks
+        mock.patch.object(conv, "im2col", side_effect=AssertionError("im2col was called")),
+    ):
+        assert_close(run(functional, "conv2d", arrays, padding=1), expected, dtype)
 
 
 @needs_torch

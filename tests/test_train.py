@@ -124,10 +124,12 @@ def test_resume_on_other_ranks_in_the_middle_of_an_epoch(ranks, shared_tmp, tmp_
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("model", ["simplecnn", "smallresnet"])
-def test_threads_do_not_change_a_bit(tmp_path, data, model):
-    results = [state(train(tmp_path / str(t), Ranks(), data=data, model=model, threads=t)) for t in (1, 2, 3)]
-    assert results[0] == results[1] == results[2]
+@pytest.mark.parametrize("model, backend", [("simplecnn", "numpy"), ("smallresnet", "numpy"), ("smallresnet", "torch")])
+def test_threads_do_not_change_a_bit(tmp_path, data, model, backend):
+    """1: none; 2 and 3: over shards, of which there are 4; 9: two of them inside each shard's operations."""
+    options = {"data": data, "model": model, "backend": backend}
+    results = [state(train(tmp_path / str(t), Ranks(), threads=t, **options)) for t in (1, 2, 3, 9)]
+    assert all(result == results[0] for result in results)
 
 
 @pytest.mark.parametrize("batch_size, shards", [(101, 8), (500, 3), (1, 2), (7, 7)])
@@ -178,7 +180,7 @@ def test_evaluation_counts_each_image_once(ranks, shared_tmp, data):
     trainer = train(shared_tmp / "run", ranks, data=data, epochs=1)
     images, labels = tiny().test_images, tiny().test_labels
     options = {"classes": 10, "mean": trainer.data.mean, "std": trainer.data.std}
-    spread, alone = (evaluate(trainer.model, images, labels, **options, ranks=r) for r in (ranks, None))
+    spread, alone = (evaluate(trainer.team, images, labels, **options, ranks=r) for r in (ranks, None))
     assert spread.confusion.sum() == 33 and (spread.confusion == alone.confusion).all() and spread.loss == alone.loss
     assert spread.confusion.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
     assert spread.accuracy == np.trace(spread.confusion) / 33

@@ -75,9 +75,12 @@ def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: floa
 
 
 def _cut(count: int, bytes_each: float) -> list[slice]:
-    """Cut ``range(count)`` into equal pieces of about BLOCK_BYTES."""
-    size = max(1, int(BLOCK_BYTES // max(bytes_each, 1)))
-    size = math.ceil(count / max(math.ceil(count / size), 1)) or 1
+    """Cut ``range(count)`` into equal pieces of about BLOCK_BYTES; few pieces are a power of 2, to suit the threads."""
+    most = max(1, int(BLOCK_BYTES // max(bytes_each, 1)))
+    pieces = max(1, math.ceil(count / most))
+    if pieces < RUNS:
+        pieces = 1 << (pieces - 1).bit_length()
+    size = math.ceil(count / pieces) or 1
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 

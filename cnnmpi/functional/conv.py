@@ -16,6 +16,7 @@ from cnnmpi.functional import winograd
 from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
 
 Size = int | tuple[int, int]
+FEW = 8  # channels
 
 
 def pair(size: Size) -> tuple[int, int]:
@@ -51,7 +52,8 @@ def pad(x: Array, padding: tuple[int, int], value: float = 0.0) -> Array:
 def im2col(x: Array, kH: int, kW: int, stride: Size, padding: Size) -> Array:
     """Return the patches under a kernel as rows: (N, C, H, W) -> (N*Ho*Wo, kH*kW*C).
 
-    Rows are ordered by image, then by output position; a row is ordered (kH, kW, C), as channels-last memory is.
+    Rows are ordered by image, then by output position; a row is ordered (kH, kW, C), as channels-last memory is. What
+    lies contiguous in memory are these rows or, for few channels, the columns: whichever is copied in longer runs.
     A 1x1 kernel with stride 1 needs no copy. Raises ValueError for a kernel that does not fit.
     """
     (sH, sW), (pH, pW) = pair(stride), pair(padding)
@@ -59,6 +61,13 @@ def im2col(x: Array, kH: int, kW: int, stride: Size, padding: Size) -> Array:
     Ho, Wo = out_size(H, kH, sH, pH), out_size(W, kW, sW, pW)
     padded = pad(nhwc(x), (pH, pW))
     n, h, w, _ = padded.strides  # the last one means nothing where C is 1
+    if C < FEW:
+        cols = np.empty((kH, kW, C, N, Ho, Wo), x.dtype)
+        planes = np.ascontiguousarray(padded.transpose(3, 0, 1, 2))
+        for i in range(kH):
+            for j in range(kW):
+                cols[i, j] = planes[:, :, i : i + sH * Ho : sH, j : j + sW * Wo : sW]
+        return cols.reshape(kH * kW * C, N * Ho * Wo).T
     # a row of a patch, kW pixels of C channels, is one contiguous run
     windows = as_strided(padded, (N, Ho, Wo, kH, kW * C), (n, sH * h, sW * w, h, x.itemsize), writeable=False)
     if (kH, kW, sH, sW) == (1, 1, 1, 1):

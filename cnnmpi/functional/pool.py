@@ -38,45 +38,45 @@ def max_pool2d(x: Array, k: Size, *, stride: Size | None = None, padding: Size =
     stride = k if stride is None else stride
     x = nchw(nhwc(x))
     y = np.empty(_pooled_shape(x, k, stride, padding), x.dtype)
+    kH, kW = pair(k)
+    where = np.empty(y.shape, np.min_scalar_type(kH * kW))  # number of the place in its window that had the maximum
 
     def pool(block: slice) -> None:
-        first, *others = _corners(pad(nhwc(x[block]), pair(padding), -np.inf), k, stride)
-        best = first
-        for corner in others:
-            best = np.maximum(best, corner, out=y[block])
-        if not others:
-            y[block] = first
+        best, place = y[block], where[block]
+        corners = enumerate(_corners(pad(nhwc(x[block]), pair(padding), -np.inf), k, stride))
+        best[...], place[...] = next(corners)[1], 0
+        greater, later = np.empty(best.shape, bool), np.empty_like(place)
+        for number, corner in corners:
+            np.greater(corner, best, out=greater)  # so that the first of several equal ones wins, as in torch
+            np.multiply(greater.view(np.uint8), place.dtype.type(number), out=later)
+            np.maximum(place, later, out=place)
+            np.maximum(best, corner, out=best)
 
     for_each_block(pool, len(x), 2 * x[0].nbytes)
-    return nchw(y), (x, nchw(y), k, stride, padding)
+    return nchw(y), (x.shape, where, k, stride, padding)
 
 
 def max_pool2d_backward(dy: Array, cache: Any) -> Array:
-    """Give each dy to the place of its window's maximum; to the first of several equal ones, as torch does."""
-    x, y, k, stride, padding = cache
-    N, C, H, W = x.shape
-    dx = np.empty((N, H, W, C), x.dtype)
+    """Give each dy to the place of its window's maximum."""
+    (N, C, H, W), where, k, stride, padding = cache
+    (pH, pW) = pair(padding)
+    dx = np.empty((N, H, W, C), dy.dtype)
     disjoint = all(step >= size for step, size in zip(pair(stride), pair(k), strict=True))
 
     def spread(block: slice) -> None:
-        padded = pad(nhwc(x[block]), pair(padding), -np.inf)
-        dx_block = dx[block]
-        dpadded = dx_block if padded.shape[1:3] == (H, W) else np.empty_like(padded)
+        place, dpeak, target = where[block], nhwc(dy[block]), dx[block]
+        dpadded = np.empty((len(place), H + 2 * pH, W + 2 * pW, C), dy.dtype) if pH or pW else target
         dpadded[...] = 0
-        peak, dpeak = nhwc(y[block]), nhwc(dy[block])
-        open_ = np.ones(peak.shape, bool)  # windows whose maximum is still to be found
-        for corner, dcorner in zip(_corners(padded, k, stride), _corners(dpadded, k, stride), strict=True):
-            hit = corner == peak
-            hit &= open_
-            open_ ^= hit
+        for number, dcorner in enumerate(_corners(dpadded, k, stride)):
+            hit = place == number
             if disjoint:
                 np.multiply(dpeak, hit, out=dcorner)
             else:
                 dcorner += dpeak * hit
-        if dpadded is not dx_block:
-            dx_block[...] = _inside(dpadded, padding)
+        if dpadded is not target:
+            target[...] = _inside(dpadded, padding)
 
-    for_each_block(spread, N, 3 * x[0].nbytes)
+    for_each_block(spread, N, 2 * dx[0].nbytes)
     return nchw(dx)
 
 

@@ -21,6 +21,7 @@ G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 G2 = np.kron(G, G)  # (16, 9): g -> G g G' for g as a row of 9
 
 
+LEAST = 24  # channels in and out: with fewer, the transforms take more time than the multiplications they save
 SHARE = 2  # of the usual size of a block: filters are packed again for every block, which pays from 3 MiB on
 
 
@@ -28,7 +29,7 @@ def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int])
     """Say whether this way is the faster one: by shapes only, so that the bits of a result do not depend on timing."""
     O, C, kH, kW = W.shape
     even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-    return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and even and min(C, O) >= 24
+    return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and even and min(C, O) >= LEAST
 
 
 def conv2d(x: Array, W: Array, b: Array | None) -> Array:

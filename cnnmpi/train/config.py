@@ -60,7 +60,7 @@ class Config:
     device: str = "cpu"
     """Where torch computes: cpu, cuda, cuda:N."""
     threads: int = 0
-    """Threads of each rank; 0 shares the cores out to the ranks. With torch, where they shape the result, 0 is 1."""
+    """Threads of each rank, which do not shape the result; 0 shares the cores out to the ranks."""
     reduction: Literal["exact", "float32"] = "exact"
     """Sum of the gradients: the same bits for any number of ranks, or half the bytes."""
     data: str = "auto"

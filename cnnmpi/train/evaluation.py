@@ -9,6 +9,7 @@ import numpy as np
 from cnnmpi.data import normalize
 from cnnmpi.distributed import Ranks
 from cnnmpi.models import Model
+from cnnmpi.train.team import Team
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -29,26 +30,32 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model, images: Array, labels: Array, *, classes: int, mean: Any, std: Any, ranks: Ranks | None = None
+    team: Team, images: Array, labels: Array, *, classes: int, mean: Any, std: Any, ranks: Ranks | None = None
 ) -> Evaluation:
-    """Evaluate ``model`` on uint8 ``images`` (N, C, H, W) with ``labels`` (N,) in 0..classes-1; ranks share the work.
+    """Evaluate a model on uint8 ``images`` (N, C, H, W) with ``labels`` (N,) in 0..classes-1.
 
-    ``mean`` and ``std`` (C,) normalise the pixels, as in training. The model keeps its mode.
+    The ranks, and the team's threads in each, share the work. ``mean`` and ``std`` (C,) normalise the pixels, as in
+    training. The models keep their mode.
     """
     ranks = ranks or Ranks()
-    training = model.training
-    model.eval()
-    losses: dict[int, float] = {}  # of each block
-    confusion = np.zeros(classes * classes, np.int64)
-    for start in range(ranks.rank * BLOCK, len(images), ranks.size * BLOCK):
+    training = team.models[0].training
+    team.spread_buffers()
+    for model in team.models:
+        model.eval()
+
+    def evaluate_block(model: Model, start: int) -> tuple[float, Array]:
         y = labels[start : start + BLOCK]
         x = normalize(images[start : start + BLOCK], mean, std)
         logits = model.forward(model.F.as_array(x, like=model.flat_params))
         targets = model.F.as_array(y, like=model.flat_params)
-        losses[start], _ = model.F.cross_entropy_loss(logits, targets, reduction="sum")
+        loss, _ = model.F.cross_entropy_loss(logits, targets, reduction="sum")
         guesses = model.F.to_numpy(logits).argmax(axis=1)
-        confusion += np.bincount(y * classes + guesses, minlength=classes * classes)
-    model.train_mode(training)
+        return loss, np.bincount(y * classes + guesses, minlength=classes * classes)
+
+    blocks = team.map(evaluate_block, range(ranks.rank * BLOCK, len(images), ranks.size * BLOCK))
+    for model in team.models:
+        model.train_mode(training)
+    confusion = sum((counts for _, counts in blocks), np.zeros(classes * classes, np.int64))
     ranks.sum(confusion)
-    loss = math.fsum(value for part in ranks.gather(losses) for value in part.values())  # exact: in any order
+    loss = math.fsum(value for part in ranks.gather([loss for loss, _ in blocks]) for value in part)  # in any order
     return Evaluation(loss / len(images), confusion.reshape(classes, classes))

@@ -13,12 +13,14 @@ import numpy as np
 from cnnmpi import checkpoint, optim
 from cnnmpi.data import DataLoader
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
+from cnnmpi.models import Model
 from cnnmpi.train.config import Config, continued, resolve, to_plain, to_toml
 from cnnmpi.train.evaluation import Evaluation, evaluate
 from cnnmpi.train.folder import BEST, LAST, RunFolder, find_checkpoint
 from cnnmpi.train.report import Report
 from cnnmpi.train.setup import learning_rate, make_model, make_optimizer, model_options, open_data
 from cnnmpi.train.state import Arrays, model_attributes, pack, unpack
+from cnnmpi.train.team import Team
 
 AGAIN_S = 1.0  # a terminal and mpirun may both deliver one Ctrl-C: a second one comes later than this
 STOPPED = 75  # exit code of a run that was asked to stop and saved (EX_TEMPFAIL of sysexits.h: try again later)
@@ -71,11 +73,14 @@ class Trainer:
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
 
         self.options = model_options(self.dataset)
-        self.model = make_model(config, self.options, ranks.local_rank)
+        # Each thread takes whole shards, as ranks do, where their sum does not depend on its order. Threads that are
+        # left over work inside the operations; not inside torch's, which cuts its sums by their number.
+        self.threads = config.threads or (ranks.default_threads() if config.device == "cpu" else 1)
+        takers = min(self.threads, len(self.shards)) if config.reduction == "exact" and config.device == "cpu" else 1
+        self.team = Team([make_model(config, self.options, ranks.local_rank) for _ in range(takers)])
+        self.model = self.team.models[0]
         self.F = self.model.F
-        # torch cuts its sums by the number of threads: one, unless told otherwise, gives the same bits on any host
-        self.threads = config.threads or (1 if config.backend == "torch" else ranks.default_threads())
-        self.F.set_threads(self.threads)
+        self.F.set_threads(1 if config.backend == "torch" else self.threads // takers)
         self.optimizer = make_optimizer(config, self.model)
         names = [(name, math.prod(param.shape)) for name, (param, _) in self.model.named_parameters().items()]
         sizes = [sum(size for _, size in names), math.prod(self.model.flat_buffers.shape), 4]
@@ -108,12 +113,13 @@ class Trainer:
 
     def train_step(self) -> float:
         """Do the next step and return its mean loss. Equal bits on every rank, and for any number of ranks."""
-        model, F = self.model, self.F
-        buffers = np.array(F.to_numpy(model.flat_buffers))  # every shard starts from the same running statistics
-        for shard in self.shards:
+        F = self.F
+        buffers = np.array(F.to_numpy(self.model.flat_buffers))  # every shard starts from the same running statistics
+
+        def train_shard(model: Model, shard: int) -> None:
             x, y = self.loader.batch(self.step, shard)
             if len(y) == 0:  # the last batch of an epoch may have fewer samples than there are shards
-                continue
+                return
             model.reseed(self.config.seed, self.step, shard)
             model.zero_grad()
             F.copy_into(model.flat_buffers, buffers)
@@ -128,18 +134,20 @@ class Trainer:
             correct = int((F.to_numpy(logits).argmax(axis=1) == y).sum())
             statistics_sum = F.to_numpy(model.flat_buffers) * len(y)
             self.reducer.add(shard, F.to_numpy(model.flat_grads), statistics_sum, np.array([loss, correct, len(y), 0]))
+
+        self.team.map(train_shard, self.shards)
         if self.asked_to_stop:
             self.reducer.add(self.shards[0], None, None, np.array([0, 0, 0, 1]))
 
         gradient, statistics_sum, counts = self.reducer.reduce(self.step)
         samples = counts[2]
-        F.copy_into(model.flat_grads, gradient / samples)
-        F.copy_into(model.flat_buffers, statistics_sum / samples)
+        F.copy_into(self.model.flat_grads, gradient / samples)
+        F.copy_into(self.model.flat_buffers, statistics_sum / samples)
         if self.config.clip:
             optim.clip_grad_norm(self.optimizer.parameters, self.config.clip)
         self.optimizer.lr = learning_rate(self.config, self.step, self.total_steps)
         self.optimizer.step()
-        if not np.isfinite(F.to_numpy(model.flat_params)).all():  # equal weights: all ranks find the same
+        if not np.isfinite(F.to_numpy(self.model.flat_params)).all():  # equal weights: all ranks find the same
             raise UserError(f"step {self.step}: the update made weights that are not finite; try a smaller --lr")
 
         self.step += 1
@@ -210,7 +218,7 @@ class Trainer:
     def _evaluate(self) -> Evaluation:
         images, labels, data = self.dataset.test_images, self.dataset.test_labels, self.data
         classes = len(self.dataset.classes)
-        return evaluate(self.model, images, labels, classes=classes, mean=data.mean, std=data.std, ranks=self.ranks)
+        return evaluate(self.team, images, labels, classes=classes, mean=data.mean, std=data.std, ranks=self.ranks)
 
     def _end_epoch(self, seconds: float, done_before: float) -> Evaluation:
         """Evaluate, save and report after the last step of an epoch, or of the run."""
