@@ -1,5 +1,6 @@
 """Competitors take turns, so that a machine whose speed drifts slows all of them alike; medians are compared."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -7,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +26,40 @@ class Competitor:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         self.steps = 1  # in a turn
         self.seconds: list[float] = []  # of a step, one for each turn
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
         self.failure = ""
-        self._answer()
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
+            )
+        except OSError as error:
+            self.failure = str(error)
+        else:
+            self._answer()
 
     def ask(self, request: str) -> Any:
         """Send a request and wait for its answer; None once the process has failed."""
         if self.failure:
             return None
         assert self.process.stdin is not None
-        print(request, file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: the answer will say so
+            print(request, file=self.process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line[0] in '"0123456789n':  # others are the trainer's own words
-                return json.loads(line)
+            if line.startswith("answer "):  # others are the trainer's own words
+                return json.loads(line.removeprefix("answer "))
         self.process.wait()
-        assert self.process.stderr is not None
-        self.failure = (self.process.stderr.read().strip() or f"exit code {self.process.returncode}").splitlines()[-1]
+        self.errors.seek(0)
+        self.failure = (self.errors.read().strip() or f"exit code {self.process.returncode}").splitlines()[-1]
         return None
 
     def close(self) -> None:
         """Let the process end."""
-        assert self.process.stdin is not None
-        if self.process.poll() is None:
+        if not self.failure:
+            assert self.process.stdin is not None
             self.process.stdin.close()
             self.process.wait()
 

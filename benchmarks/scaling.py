@@ -6,10 +6,17 @@ cnnmpi trains from its data set, with augmentation and exact reduction; DDP gets
 """
 
 import argparse
+import os
+import shutil
 import statistics
+import sys
+from pathlib import Path
 
 from benchmarks.rounds import Competitor, hardware, ratios, refuse_slow_blas, spread, table, take_turns
 from cnnmpi.models import MODELS
+
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+MPIRUN = shutil.which("mpirun", path=PATH) or "mpirun"
 
 
 def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
@@ -19,7 +26,7 @@ def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
         "1 process, 2 threads": Competitor("ranks", model, batch, 2),
     }
     for count in range(2, most_ranks + 1, 2):
-        sides[f"{count} ranks, 1 thread"] = Competitor("ranks", model, batch, 1, ("mpirun", "-n", str(count)))
+        sides[f"{count} ranks, 1 thread"] = Competitor("ranks", model, batch, 1, (MPIRUN, "-n", str(count)))
     ddp = ["DDP, 2 processes", "DDP channels_last, 2 processes"]
     for name, kind in zip(ddp, ("ddp", "ddp channels_last"), strict=True):
         sides[name] = Competitor(kind, model, batch, 1)
@@ -44,7 +51,9 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="smallresnet")
     parser.add_argument("--batch", type=int, default=128, help="of all ranks together")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--ranks", type=int, default=2, help="most ranks to try, in steps of two")
+    parser.add_argument(
+        "--ranks", type=int, default=2, choices=range(2, 65, 2), metavar="N", help="most ranks to try, in steps of 2"
+    )
     args = parser.parse_args()
     refuse_slow_blas()
     print(hardware(), "\n")

@@ -4,6 +4,7 @@ python -m benchmarks.step [--model smallresnet] [--threads 2] [--profile]
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -15,7 +16,6 @@ import threadpoolctl
 
 from benchmarks.rounds import Competitor, hardware, ratios, refuse_slow_blas, spread, table, take_turns
 from benchmarks.worker import Ours, inputs
-from cnnmpi import functional
 from cnnmpi.functional import conv, winograd
 from cnnmpi.layers import Conv2d, Layer, Linear
 from cnnmpi.models import MODELS
@@ -91,7 +91,7 @@ def compare(model: str, batch: int, threads: int, rounds: int) -> str:
         if side.failure:
             rows.append([name, f"does not work here: {side.failure[:60]}", "", "", "", ""])
             continue
-        middle, memory = statistics.median(side.seconds), side.ask("memory")
+        middle, memory = statistics.median(side.seconds), side.ask("memory") or math.nan
         speed = operations / middle
         cells = [spread(side.seconds), f"{batch / middle:.0f}", f"{speed / 1e9:.0f}", f"{speed / fastest:.0%}"]
         rows.append([name, *cells, f"{memory:.0f}"])
@@ -104,48 +104,54 @@ def compare(model: str, batch: int, threads: int, rounds: int) -> str:
     )
 
 
-def profile(model: str, batch: int, threads: int, steps: int = 10) -> str:
-    """Return where a NumPy step's time goes: layer by layer, and inside the convolutions op by op."""
-    side = Ours("numpy", model, batch, threads)
-    times: dict[str, list[float]] = {}
+def profile(model: str, batch: int, steps: int = 10) -> str:
+    """Return where a NumPy step's time goes, on one thread: layer by layer, and op by op inside the convolutions."""
+    side = Ours("numpy", model, batch, 1)
+    times: dict[str, float] = {}
 
     def timed(where: str, function: Any) -> Any:
         def call(*args: Any, **options: Any) -> Any:
             started = time.perf_counter()
             result = function(*args, **options)
-            times.setdefault(where, []).append(time.perf_counter() - started)
+            times[where] = times.get(where, 0) + (time.perf_counter() - started) / steps * 1e3
             return result
 
         return call
 
+    kinds: dict[str, list[str]] = {}
     for name, layer in side.model.walk():
         if not list(layer.children()):
-            layer.forward = timed(f"{name} {layer!r} forward", layer.forward)
-            layer.backward = timed(f"{name} {layer!r} backward", layer.backward)
+            forward, backward = f"{name} {layer!r} forward", f"{name} {layer!r} backward"
+            layer.forward, layer.backward = timed(forward, layer.forward), timed(backward, layer.backward)
+            kinds.setdefault(type(layer).__name__, []).extend([forward, backward])
     side.optimizer.step = timed("optimizer", side.optimizer.step)
-    parts = {"_transform_filters", "_transform_data", "_scatter_data", "_gather_output", "_spread_output"}
-    original = {(m, n): getattr(m, n) for m, names in ((winograd, parts), (conv, {"im2col"})) for n in names}
+    parts = ["_transform_filters", "_transform_data", "_scatter_data", "_gather_output", "_spread_output"]
+    original = {(m, n): getattr(m, n) for m, names in ((winograd, parts), (conv, ["im2col"])) for n in names}
     try:
         for (module, name), function in original.items():
-            setattr(module, name, timed(f"of it {name.lstrip('_')}", function))
-        for _ in range(steps + 1):
+            setattr(module, name, timed(f"of Conv2d: {name.lstrip('_')}", function))
+        side.step()
+        times.clear()
+        started = time.perf_counter()
+        for _ in range(steps):
             side.step()
+        whole = (time.perf_counter() - started) / steps * 1e3
     finally:
         for (module, name), function in original.items():
             setattr(module, name, function)
-    total = {where: sum(values) / (steps + 1) * 1e3 for where, values in times.items()}
-    whole = sum(value for where, value in total.items() if not where.startswith("of it"))
-    rows = [[where, f"{value:.2f}", f"{value / whole:.1%}"] for where, value in total.items()]
-    kinds: dict[str, float] = {}
-    for where, value in total.items():
-        kind = "  " + where if where.startswith("of it") else (where.split("(")[0].split() or [where])[-1]
-        kinds[kind] = kinds.get(kind, 0) + value
-    summary = [[kind, f"{value:.2f}", f"{value / whole:.1%}"] for kind, value in kinds.items()]
-    header = ["", "ms", "share"]
+    inside = {where: value for where, value in times.items() if where.startswith("of Conv2d")}
+    layers = {where: value for where, value in times.items() if where not in inside}
+    summary = {kind: sum(times.get(where, 0) for where in names) for kind, names in kinds.items()}
+    summary |= inside | {"of Conv2d: the rest, mostly matrix products": summary["Conv2d"] - sum(inside.values())}
+    summary["optimizer"] = times["optimizer"]
+    summary["the rest: loss, residual sums, zero_grad"] = whole - sum(layers.values())
+
+    def rows(values: dict[str, float]) -> list[list[str]]:
+        return [[where, f"{value:.2f}", f"{value / whole:.1%}"] for where, value in values.items()]
+
     return (
-        f"### {model}, batch {batch}, {threads} thread{'s' * (threads > 1)}: profile of the NumPy step\n\n"
-        f"{table(['layer', *header[1:]], [row for row in rows if not row[0].startswith('of it')])}\n\n"
-        f"{table(['kind', *header[1:]], summary)}\n"
+        f"### {model}, batch {batch}, 1 thread: profile of the NumPy step, {whole:.0f} ms\n\n"
+        f"{table(['layer', 'ms', 'share'], rows(layers))}\n\n{table(['kind', 'ms', 'share'], rows(summary))}\n"
     )
 
 
@@ -155,12 +161,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--profile", action="store_true", help="print where the NumPy step's time goes")
+    parser.add_argument("--profile", action="store_true", help="print where the NumPy step's time goes, on 1 thread")
     args = parser.parse_args()
     refuse_slow_blas()
-    functional.set_threads(args.threads)
     if args.profile:
-        print(profile(args.model, args.batch, args.threads))
+        print(profile(args.model, args.batch))
         return
     print(hardware(), "\n")
     print(compare(args.model, args.batch, args.threads, args.rounds))

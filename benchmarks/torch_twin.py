@@ -29,15 +29,16 @@ def convert(layer: L.Layer) -> nn.Module:
     if isinstance(layer, L.Conv2d):
         return nn.Conv2d(layer.in_c, layer.out_c, layer.k, layer.stride, layer.padding, bias="bias" in layer.params)
     if isinstance(layer, L.Linear):
-        return nn.Linear(layer.in_features, layer.out_features)
+        return nn.Linear(layer.in_features, layer.out_features, bias="bias" in layer.params)
     if isinstance(layer, L.BatchNorm):
-        return nn.BatchNorm2d(layer.num_features)
+        return nn.BatchNorm2d(layer.num_features, layer.eps, layer.momentum)
     if isinstance(layer, L.Residual):
+        assert isinstance(layer.shortcut, L.Identity)
         return Residual(convert(layer.body))
     if isinstance(layer, L.Sequential):
         return nn.Sequential(*map(convert, layer.layers))
     if isinstance(layer, L.MaxPool2d):
-        return nn.MaxPool2d(layer.k, layer.stride)
+        return nn.MaxPool2d(layer.k, layer.stride, layer.padding)
     if isinstance(layer, L.GlobalAvgPool2d):
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     simple: dict[type[L.Layer], type[nn.Module]] = {L.ReLU: nn.ReLU, L.Flatten: nn.Flatten}

@@ -6,6 +6,7 @@
 ``memory`` the peak resident memory in MiB since the imports. Under mpirun, rank 0 listens for all.
 """
 
+import datetime
 import json
 import os
 import sys
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi import functional
 from cnnmpi.distributed import Ranks, start
 from cnnmpi.models import MODELS, Model
 from cnnmpi.optim import SGD
@@ -108,12 +108,18 @@ class Trained:
     """cnnmpi's whole trainer, with its data path, augmentation and exact reduction, on all ranks."""
 
     def __init__(self, ranks: Ranks, model: str, batch: int, threads: int) -> None:
+        self.folder = tempfile.TemporaryDirectory()
         from cnnmpi.train.config import Config
         from cnnmpi.train.trainer import Trainer
 
-        out = Path(ranks.on_rank0(tempfile.mkdtemp)) / "run"
+        out = Path(ranks.on_rank0(lambda: self.folder.name)) / "run"
         config = Config(model=model, batch_size=batch, threads=threads, data="synthetic", out=out)
-        self.step = Trainer(config, ranks).train_step
+        self.trainer = Trainer(config, ranks)
+
+    def step(self) -> None:
+        if (self.trainer.step + 1) % self.trainer.steps_per_epoch == 0:  # an epoch's last batch may be a small one
+            self.trainer.step += 1
+        self.trainer.train_step()
 
 
 def ddp(rank: int, kind: str, model: str, batch: int, port: int) -> None:
@@ -123,7 +129,7 @@ def ddp(rank: int, kind: str, model: str, batch: int, port: int) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=120))
     side = Torch("torch eager" if kind == "ddp" else "torch channels_last", model, batch // 2, 1)
     side.forward = DistributedDataParallel(side.twin)
 
@@ -151,10 +157,10 @@ def timed(step: Callable[[], Any], count: int) -> float:
 
 def serve(answers: dict[str, Callable[[str], Any]]) -> None:
     """Answer requests until standard input ends."""
-    print(json.dumps("ready"), flush=True)
+    print("answer", json.dumps("ready"), flush=True)
     for line in sys.stdin:
         word, _, argument = line.strip().partition(" ")
-        print(json.dumps(answers[word](argument)), flush=True)
+        print("answer", json.dumps(answers[word](argument)), flush=True)
 
 
 def serve_ranks(ranks: Ranks, step: Callable[[], Any]) -> None:
@@ -193,7 +199,6 @@ def main() -> None:
         return
     if kind != "numpy":
         import torch  # noqa: F401 - before the memory is measured
-    functional.set_threads(threads)
     before = resident("VmRSS")
     side = (Ours if kind in ("numpy", "torch engine") else Torch)(kind, model, batch, threads)
     serve(

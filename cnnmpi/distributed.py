@@ -279,12 +279,11 @@ class Reducer:
     def add(self, shard: int, *arrays: Array | None) -> None:
         """Add the arrays of one shard; they are left alone. None adds nothing. Any thread may call."""
         start = 0
-        with self._lock:
-            for index, (array, size) in enumerate(zip(arrays, self.sizes, strict=True)):
-                total = self._total[start : start + size]
-                if array is not None and not self._accumulate(array, total) and not self._flags[shard]:
-                    self._flags[shard] = self._blame(array) if index == 0 else len(self.names) + 1
-                start += size
+        for index, (array, size) in enumerate(zip(arrays, self.sizes, strict=True)):
+            total = self._total[start : start + size]
+            if array is not None and not self._accumulate(array, total) and not self._flags[shard]:
+                self._flags[shard] = self._blame(array) if index == 0 else len(self.names) + 1
+            start += size
 
     def reduce(self, step: int = 0) -> list[Array]:
         """Return the sums over all shards of all ranks as float64 arrays, and start anew at zero.
@@ -316,7 +315,8 @@ class Reducer:
 
     def _accumulate(self, array: Array, total: Array) -> bool:
         """Add ``array`` to ``total``; return whether all its values were in range."""
-        total += array
+        with self._lock:
+            total += array
         return bool(np.all(np.abs(array) <= self.limit))
 
     def _decode(self, total: Array) -> Array:
@@ -338,20 +338,20 @@ class ExactReducer(Reducer):
     def __init__(self, ranks: Ranks, shards: int, sizes: Sequence[int], names: Sequence[tuple[str, int]] = ()) -> None:
         super().__init__(ranks, shards, sizes, names)
         self.limit = 2.0**62 / self.ONE / shards
-        self._scaled = np.empty(self.CHUNK)
-        self._whole = np.empty(self.CHUNK, np.int64)
 
     def _accumulate(self, array: Array, total: Array) -> bool:
+        scaled_chunk, whole_chunk = np.empty(self.CHUNK), np.empty(self.CHUNK, np.int64)
         for start in range(0, array.size, self.CHUNK):
             part = array[start : start + self.CHUNK]
-            scaled, whole = self._scaled[: part.size], self._whole[: part.size]
+            scaled, whole = scaled_chunk[: part.size], whole_chunk[: part.size]
             np.multiply(part, self.ONE, out=scaled, dtype=np.float64)
             np.rint(scaled, out=scaled)
             largest = max(scaled.max(), -scaled.min())
             if not largest <= self.limit * self.ONE:  # also where it is NaN
                 return False
             np.copyto(whole, scaled, casting="unsafe")
-            total[start : start + self.CHUNK] += whole
+            with self._lock:
+                total[start : start + self.CHUNK] += whole
         return True
 
     def _decode(self, total: Array) -> Array:

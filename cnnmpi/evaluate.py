@@ -16,7 +16,6 @@ from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train import Evaluation, evaluate, load_checkpoint
 from cnnmpi.train.setup import open_data
-from cnnmpi.train.team import Team
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +59,7 @@ def run(
         )
     try:
         known = {"classes": len(dataset.classes), "mean": model.info.mean, "std": model.info.std}
-        result = evaluate(Team([model]), images, labels, **known)
+        result = evaluate(model, images, labels, **known)
     except ValueError as error:  # images of another size than the model was made for
         raise UserError(str(error)) from None
     print(f"{checkpoint} on the {len(images)} {split} images of {dataset.source}")

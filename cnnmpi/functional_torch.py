@@ -35,9 +35,9 @@ def choose_device(device: str, index: int = 0) -> str:
     return f"cuda:{number or index % count}"
 
 
-def set_threads(count: int) -> None:
-    """Let all ops of this process share ``count`` threads."""
-    torch.set_num_threads(count)
+def set_threads(count: int, callers: int = 1) -> None:
+    """Let ``callers`` threads, the current one among them, share ``count`` threads; each of them has to call this."""
+    torch.set_num_threads(max(1, count // callers))
 
 
 def tensor(a: NumpyArray, device: str) -> Tensor:

@@ -122,8 +122,7 @@ def check(
     expected = autograd(twin, arrays)
     with (
         mock.patch.object(blocks, "BLOCK_BYTES", draw(st.sampled_from([1, 3000, blocks.BLOCK_BYTES]))),
-        mock.patch.object(conv, "FEW", draw(st.sampled_from([1, conv.FEW]))),
-        mock.patch.object(winograd, "LEAST", draw(st.sampled_from([1, winograd.LEAST]))),
+        mock.patch.object(conv, "FEW_CHANNELS", draw(st.sampled_from([1, conv.FEW_CHANNELS]))),
     ):
         for F in engines():
             got = run(F, name, arrays, *args, **layouts, **options)
@@ -172,8 +171,8 @@ def test_winograd_equals_im2col(sizes: tuple[int, ...], dtype: str, bias: bool) 
     arrays = [x, W, random(O, seed=2, dtype=dtype) if bias else None]
     expected = run(functional, "conv2d", arrays, padding=1)
     with (
-        mock.patch.object(winograd, "LEAST", 1),
-        mock.patch.object(winograd, "SHARE", 1e-4 * N),  # several blocks
+        mock.patch.object(winograd, "LEAST_CHANNELS", 1),
+        mock.patch.object(blocks, "BLOCK_BYTES", 1),  # as many blocks as images
         mock.patch.object(conv, "im2col", side_effect=AssertionError("im2col was called")),
     ):
         assert_close(run(functional, "conv2d", arrays, padding=1), expected, dtype)
@@ -349,7 +348,15 @@ def cases(N: int = 3, C: int = 3, H: int = 7, W: int = 6, dtype: str = "float64"
     gamma, beta, mean = (random(C, seed=seed, dtype=dtype) for seed in (3, 4, 5))
     running = {"running_mean": mean, "running_var": abs(mean) + gamma.dtype.type(1)}
     keep = random(*x.shape, seed=6) < 0.2
+    many = random(N, 24, H - H % 2, W - W % 2, dtype=dtype)
     return {
+        "conv2d winograd": ("conv2d", [many, random(24, 24, 3, 3, seed=8, dtype=dtype), None], (), {"padding": 1}),
+        "conv2d image": (
+            "conv2d",
+            [random(N, 3, H, W, dtype=dtype), random(4, 3, 3, 3, seed=9, dtype=dtype), bias],
+            (),
+            {"padding": 1},
+        ),
         "conv2d": ("conv2d", [x, filters, bias], (), {"padding": 1}),
         "conv2d unpadded": ("conv2d", [x, filters, bias], (), {}),
         "conv2d strided": ("conv2d", [x, filters, None], (), {"stride": (2, 3), "padding": (1, 2)}),
@@ -430,7 +437,7 @@ def test_both_engines_agree(label: str, dtype: str) -> None:
 @each_case
 def test_the_number_of_threads_does_not_change_a_bit(label: str) -> None:
     name, arrays, args, options = cases(N=64, C=16, H=32, W=32, dtype="float32")[label]
-    if arrays[0].ndim == 4:
+    if arrays[0].ndim == 4 and label != "conv2d image":
         assert arrays[0].nbytes > 2 * blocks.BLOCK_BYTES, "one block only"
     alone = run(functional, name, arrays, *args, **options)
     functional.set_threads(2)

@@ -10,7 +10,7 @@ from cnnmpi.models import MODELS, Model, SimpleCNN, SmallResNet
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
-torch_twin = pytest.importorskip("benchmarks.torch_twin").torch_twin
+from benchmarks.torch_twin import torch_twin  # noqa: E402 - it imports torch
 
 
 class TorchSimpleCNN(nn.Module):

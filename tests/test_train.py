@@ -6,6 +6,8 @@ Runs on as many ranks as pytest does; the reference is always the same run on th
 import dataclasses
 import json
 import signal
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -15,9 +17,11 @@ import pytest
 from cnnmpi import checkpoint, layers, load_checkpoint
 from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, RemoteError, UserError
+from cnnmpi.functional import blocks
 from cnnmpi.models import MODELS, Model, SmallResNet
 from cnnmpi.train import Config, Trainer, evaluate
 from cnnmpi.train import config as settings
+from cnnmpi.train.team import Team
 
 SMALL = {"batch_size": 24, "shards": 4, "epochs": 2, "threads": 1, "seed": 5, "lr": 0.05, "warmup": 0.0, "crop": 4}
 
@@ -46,7 +50,7 @@ class DropoutNet(Model):
 
 class NarrowResNet(SmallResNet):
     def __init__(self, **options):
-        super().__init__(**options, widths=(4, 6, 8, 10))
+        super().__init__(**options, widths=(4, 24, 24, 10))  # 24: Winograd
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +129,11 @@ def test_resume_on_other_ranks_in_the_middle_of_an_epoch(ranks, shared_tmp, tmp_
 
 
 @pytest.mark.parametrize("model, backend", [("simplecnn", "numpy"), ("smallresnet", "numpy"), ("smallresnet", "torch")])
-def test_threads_do_not_change_a_bit(tmp_path, data, model, backend):
-    """1: none; 2 and 3: over shards, of which there are 4; 9: two of them inside each shard's operations."""
+def test_threads_do_not_change_a_bit(tmp_path, data, model, backend, monkeypatch):
+    """1: none; 2 and 3: over shards, of which there are 4; 9: two or three inside each shard's operations."""
+    if backend == "torch":
+        pytest.importorskip("torch")
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)  # several blocks in every operation
     options = {"data": data, "model": model, "backend": backend}
     results = [state(train(tmp_path / str(t), Ranks(), threads=t, **options)) for t in (1, 2, 3, 9)]
     assert all(result == results[0] for result in results)
@@ -371,3 +378,36 @@ def test_a_bad_toml_file_is_refused_by_key(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         settings.parse(["--config", str(path)])
+
+
+# -- threads over shards ----------------------------------------------------------------------------------------------
+
+
+def test_a_team_returns_results_in_order_and_works_at_the_same_time():
+    both = threading.Barrier(2, timeout=20)
+
+    def body(model, item):
+        both.wait()  # passes only if two threads are here
+        return model, item
+
+    team = Team([DropoutNet(), DropoutNet()])
+    results = team.map(body, range(6))
+    assert [item for _, item in results] == list(range(6))
+    assert {id(model) for model, _ in results} == {id(model) for model in team.models}
+    assert np.shares_memory(*(model.flat_params for model in team.models))
+    assert not np.shares_memory(*(model.flat_grads for model in team.models))
+
+
+def test_a_failure_on_any_thread_of_a_team_is_raised_and_ends_the_others():
+    done = []
+
+    def body(model, item):
+        if model is not team.models[0]:
+            raise ValueError("on the other thread")
+        time.sleep(0.01)
+        done.append(item)
+
+    team = Team([DropoutNet(), DropoutNet()])
+    with pytest.raises(ValueError, match="on the other thread"):
+        team.map(body, range(10_000))
+    assert len(done) < 1000

@@ -24,15 +24,18 @@ _pool: ThreadPoolExecutor | None = None
 _threads = 1
 
 
-def set_threads(count: int) -> None:
-    """Let all ops of this process share ``count`` threads; BLAS runs single-threaded inside each of them."""
+def set_threads(count: int, callers: int = 1) -> None:
+    """Let all ops of this process share ``count`` threads, BLAS single-threaded inside each of them.
+
+    ``callers`` of these threads call ops at the same time; only the rest helps them.
+    """
     global _pool, _threads
     _keep_freed_memory()
     threadpoolctl.threadpool_limits(1, user_api="blas")
     if _pool is not None:
         _pool.shutdown()
-    _threads = count
-    _pool = ThreadPoolExecutor(count - 1, thread_name_prefix="cnnmpi") if count > 1 else None
+    _threads = math.ceil(count / callers)  # at most, in one op
+    _pool = ThreadPoolExecutor(count - callers, thread_name_prefix="cnnmpi-op") if count > callers else None
 
 
 def _keep_freed_memory() -> None:
@@ -57,7 +60,8 @@ def for_each_block(body: Callable[[slice], Result], count: int, bytes_each: floa
 def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: float) -> Array:
     """Add up what ``body`` returns for slices that cut ``range(count)`` into pieces of about BLOCK_BYTES.
 
-    Runs of neighbouring blocks add up in place, each run on one thread; then the sums of the runs, first to last.
+    Runs of neighbouring blocks add up in place, each run on one thread; then the sums of the runs, first to last. So
+    ``body`` must return an array that is nobody else's.
     """
     blocks = _cut(count, bytes_each)
     runs = [blocks[len(blocks) * run // RUNS : len(blocks) * (run + 1) // RUNS] for run in range(RUNS)]

@@ -4,7 +4,8 @@ With patches as rows of ``cols`` (N*Ho*Wo, kH*kW*C) and the filters as ``Wrows``
 
     y = cols Wrows' + b     dWrows = dy' cols     dcols = dy Wrows     db = sum of dy over images and positions
 
-(Chellapilla, Puri and Simard, "High performance convolutional neural networks for document processing", 2006).
+(Chellapilla, Puri and Simard, "High performance convolutional neural networks for document processing", 2006). The
+commonest shapes go another way, with fewer multiplications: see winograd.py.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from cnnmpi.functional import winograd
 from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
 
 Size = int | tuple[int, int]
-FEW = 8  # channels
+FEW_CHANNELS = 8  # below that im2col copies along the rows of the image rather than along the channels
 
 
 def pair(size: Size) -> tuple[int, int]:
@@ -61,20 +62,20 @@ def im2col(x: Array, kH: int, kW: int, stride: Size, padding: Size) -> Array:
     Ho, Wo = out_size(H, kH, sH, pH), out_size(W, kW, sW, pW)
     padded = pad(nhwc(x), (pH, pW))
     n, h, w, _ = padded.strides  # the last one means nothing where C is 1
-    if C < FEW:
-        cols = np.empty((kH, kW, C, N, Ho, Wo), x.dtype)
-        planes = np.ascontiguousarray(padded.transpose(3, 0, 1, 2))
-        for i in range(kH):
-            for j in range(kW):
-                cols[i, j] = planes[:, :, i : i + sH * Ho : sH, j : j + sW * Wo : sW]
-        return cols.reshape(kH * kW * C, N * Ho * Wo).T
     # a row of a patch, kW pixels of C channels, is one contiguous run
     windows = as_strided(padded, (N, Ho, Wo, kH, kW * C), (n, sH * h, sW * w, h, x.itemsize), writeable=False)
     if (kH, kW, sH, sW) == (1, 1, 1, 1):
         return windows.reshape(N * Ho * Wo, C)
-    cols = np.empty(windows.shape, x.dtype)
-    np.copyto(cols, windows)
-    return cols.reshape(N * Ho * Wo, kH * kW * C)
+    if C >= FEW_CHANNELS:
+        cols = np.empty(windows.shape, x.dtype)
+        np.copyto(cols, windows)
+        return cols.reshape(N * Ho * Wo, kH * kW * C)
+    planes = np.ascontiguousarray(padded.transpose(3, 0, 1, 2))
+    turned = np.empty((kH, kW, C, N, Ho, Wo), x.dtype)
+    for i in range(kH):
+        for j in range(kW):
+            turned[i, j] = planes[:, :, i : i + sH * Ho : sH, j : j + sW * Wo : sW]
+    return turned.reshape(kH * kW * C, N * Ho * Wo).T
 
 
 def col2im(cols: Array, x_shape: tuple[int, ...], kH: int, kW: int, stride: Size, padding: Size) -> Array:
@@ -127,7 +128,7 @@ def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[
     if input_grad and winograd.suits(x, W, pair(stride), pair(padding)):
         return *winograd.conv2d_backward(dy, x, W), db
 
-    bytes_each = dy[0, 0].size * kH * kW * C * x.itemsize
+    bytes_each = dy.shape[2] * dy.shape[3] * kH * kW * C * x.itemsize
 
     def filter_gradient(block: slice) -> Array:
         return nhwc(dy[block]).reshape(-1, O).T @ im2col(x[block], kH, kW, stride, padding)

@@ -36,20 +36,23 @@ def batch_statistics(rows: Array, channels: int) -> tuple[Array, Array]:
     """
     repeats = rows.shape[1] // channels
 
-    def centre(block: slice) -> Array:
+    def centre(block: slice) -> tuple[int, Array, Array]:
         part = rows[block]
         size = len(part) * repeats
         rough = _channel_sums(part, channels) / part.dtype.type(size)
         centred = part - np.tile(rough, repeats)
         rest = _channel_sums(centred, channels).astype(np.float64) / size  # what float32 lost in the mean
         np.multiply(centred, centred, out=centred)
-        mean = rough + rest
-        return np.stack([mean * size, mean * mean * size, _channel_sums(centred, channels) - rest * rest * size])
+        return size, rough + rest, _channel_sums(centred, channels) - rest * rest * size
 
-    sums, mean_squares, squares = sum_over_blocks(centre, len(rows), 2 * rows.strides[0])
+    blocks = for_each_block(centre, len(rows), 2 * rows.strides[0])
     count = rows.size // channels
-    mean = sums / count
-    return mean, squares / count + np.maximum(mean_squares / count - mean * mean, 0)
+    mean, squares = np.zeros(channels), np.zeros(channels)
+    for size, block_mean, _ in blocks:
+        mean += size / count * block_mean
+    for size, block_mean, block_squares in blocks:
+        squares += block_squares + size * (block_mean - mean) ** 2
+    return mean, np.maximum(squares, 0) / count
 
 
 def batch_norm(

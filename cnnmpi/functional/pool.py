@@ -47,17 +47,17 @@ def max_pool2d(x: Array, k: Size, *, stride: Size | None = None, padding: Size =
         best[...], place[...] = next(corners)[1], 0
         greater, later = np.empty(best.shape, bool), np.empty_like(place)
         for number, corner in corners:
-            np.greater(corner, best, out=greater)  # so that the first of several equal ones wins, as in torch
+            np.greater(corner, best, out=greater)  # so that the first of several equal numbers wins, as in torch
             np.multiply(greater.view(np.uint8), place.dtype.type(number), out=later)
             np.maximum(place, later, out=place)
             np.maximum(best, corner, out=best)
 
-    for_each_block(pool, len(x), 2 * x[0].nbytes)
+    for_each_block(pool, len(x), 2 * x[:1].nbytes)
     return nchw(y), (x.shape, where, k, stride, padding)
 
 
 def max_pool2d_backward(dy: Array, cache: Any) -> Array:
-    """Give each dy to the place of its window's maximum."""
+    """Give each dy to the place of its window's maximum; to the first of several equal ones."""
     (N, C, H, W), where, k, stride, padding = cache
     (pH, pW) = pair(padding)
     dx = np.empty((N, H, W, C), dy.dtype)
@@ -76,7 +76,7 @@ def max_pool2d_backward(dy: Array, cache: Any) -> Array:
         if dpadded is not target:
             target[...] = _inside(dpadded, padding)
 
-    for_each_block(spread, N, 2 * dx[0].nbytes)
+    for_each_block(spread, N, 2 * dx[:1].nbytes)
     return nchw(dx)
 
 
@@ -91,7 +91,7 @@ def avg_pool2d(x: Array, k: Size, *, stride: Size | None = None, padding: Size =
             y[block] += corner
         y[block] *= 1 / (kH * kW)
 
-    for_each_block(pool, len(x), x[0].nbytes)
+    for_each_block(pool, len(x), x[:1].nbytes)
     return nchw(y), (x.shape, k, stride, padding)
 
 
@@ -108,7 +108,7 @@ def avg_pool2d_backward(dy: Array, cache: Any) -> Array:
             dcorner += share
         dx[block] = _inside(dpadded, padding)
 
-    for_each_block(spread, N, dx[0].nbytes)
+    for_each_block(spread, N, dx[:1].nbytes)
     return nchw(dx)
 
 

@@ -21,15 +21,15 @@ G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 G2 = np.kron(G, G)  # (16, 9): g -> G g G' for g as a row of 9
 
 
-LEAST = 24  # channels in and out: with fewer, the transforms take more time than the multiplications they save
-SHARE = 2  # of the usual size of a block: filters are packed again for every block, which pays from 3 MiB on
+LEAST_CHANNELS = 24  # in and out: with fewer, the transforms take more time than the multiplications they save
+LARGER = 2  # times the usual block: BLAS packs the filters again for every block
 
 
 def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Say whether this way is the faster one: by shapes only, so that the bits of a result do not depend on timing."""
     O, C, kH, kW = W.shape
     even = x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0
-    return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and even and min(C, O) >= LEAST
+    return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and even and min(C, O) >= LEAST_CHANNELS
 
 
 def conv2d(x: Array, W: Array, b: Array | None) -> Array:
@@ -45,7 +45,7 @@ def conv2d(x: Array, W: Array, b: Array | None) -> Array:
         if b is not None:
             y[block] += b
 
-    for_each_block(convolve, N, _bytes_each(x, W))
+    for_each_block(convolve, N, _bytes_each(x, W) / LARGER)
     return nchw(y)
 
 
@@ -62,7 +62,7 @@ def conv2d_backward(dy: Array, x: Array, W: Array) -> tuple[Array, Array]:
         dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), _transform_data(nhwc(x[block])))
         return dfilters
 
-    dfilters = sum_over_blocks(gradients, N, _bytes_each(x, W))
+    dfilters = sum_over_blocks(gradients, N, _bytes_each(x, W) / LARGER)
     dW = (G2.T.astype(x.dtype) @ dfilters.reshape(16, O * C)).reshape(3, 3, O, C).transpose(2, 3, 0, 1)
     return nchw(dx), dW
 
@@ -70,7 +70,7 @@ def conv2d_backward(dy: Array, x: Array, W: Array) -> tuple[Array, Array]:
 def _bytes_each(x: Array, W: Array) -> float:
     """Return the memory that one image takes after both transforms."""
     (O, C), (H, width) = W.shape[:2], x.shape[2:]
-    return float(4 * H * width * (O + C) * x.itemsize / SHARE)
+    return float(4 * H * width * (O + C) * x.itemsize)
 
 
 def _transform_filters(W: Array) -> Array:

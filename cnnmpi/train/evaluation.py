@@ -30,14 +30,14 @@ class Evaluation:
 
 
 def evaluate(
-    team: Team, images: Array, labels: Array, *, classes: int, mean: Any, std: Any, ranks: Ranks | None = None
+    model: Model | Team, images: Array, labels: Array, *, classes: int, mean: Any, std: Any, ranks: Ranks | None = None
 ) -> Evaluation:
     """Evaluate a model on uint8 ``images`` (N, C, H, W) with ``labels`` (N,) in 0..classes-1.
 
     The ranks, and the team's threads in each, share the work. ``mean`` and ``std`` (C,) normalise the pixels, as in
     training. The models keep their mode.
     """
-    ranks = ranks or Ranks()
+    ranks, team = ranks or Ranks(), model if isinstance(model, Team) else Team([model])
     training = team.models[0].training
     team.spread_buffers()
     for model in team.models:

@@ -14,13 +14,15 @@ class Team:
     """Models for as many threads: one set of parameters between them, gradients and buffers to each.
 
     What a body returns for an item does not depend on the model that it is given, so neither does it on their number.
+    New threads call ``prepare`` first.
     """
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[Model], prepare: Callable[[], None] | None = None) -> None:
         self.models = list(models)
         for model in self.models[1:]:
             model.share_parameters(self.models[0])
-        self._pool = ThreadPoolExecutor(len(models) - 1, thread_name_prefix="cnnmpi") if len(models) > 1 else None
+        others = len(models) - 1
+        self._pool = ThreadPoolExecutor(others, "cnnmpi-shard", initializer=prepare) if others else None
 
     def map(self, body: Callable[[Model, Item], Result], items: Sequence[Item]) -> list[Result]:
         """Call ``body(model, item)`` for every item, on all threads, and return the results in the items' order."""
@@ -28,8 +30,12 @@ class Team:
         queue = iter(list(enumerate(items)))  # shared: each thread takes the next item when it is done with one
 
         def work(model: Model) -> None:
-            for index, item in queue:
-                results[index] = body(model, item)
+            try:
+                for index, item in queue:
+                    results[index] = body(model, item)
+            except BaseException:
+                list(queue)  # nobody takes another item
+                raise
 
         others = [self._pool.submit(work, model) for model in self.models[1:]] if self._pool else []
         try:

@@ -1,6 +1,7 @@
 """The training loop: from a step's number to updated weights, evaluation and checkpoints."""
 
 import dataclasses
+import functools
 import json
 import math
 import signal
@@ -73,14 +74,20 @@ class Trainer:
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
 
         self.options = model_options(self.dataset)
-        # Each thread takes whole shards, as ranks do, where their sum does not depend on its order. Threads that are
-        # left over work inside the operations; not inside torch's, which cuts its sums by their number.
         self.threads = config.threads or (ranks.default_threads() if config.device == "cpu" else 1)
-        takers = min(self.threads, len(self.shards)) if config.reduction == "exact" and config.device == "cpu" else 1
-        self.team = Team([make_model(config, self.options, ranks.local_rank) for _ in range(takers)])
-        self.model = self.team.models[0]
-        self.F = self.model.F
-        self.F.set_threads(1 if config.backend == "torch" else self.threads // takers)
+        workers = 1
+        if config.reduction == "exact" and config.device == "cpu":
+            # threads take whole shards, as ranks do: as few threads as are done in as many rounds; the rest helps them
+            # inside the operations, but not inside torch's, which cuts its sums by their number
+            rounds = math.ceil(len(self.shards) / self.threads)
+            workers = math.ceil(len(self.shards) / rounds)
+            if config.backend == "torch":
+                self.threads = workers
+        models = [make_model(config, self.options, ranks.local_rank) for _ in range(workers)]
+        self.model, self.F = models[0], models[0].F
+        share_threads = functools.partial(self.F.set_threads, self.threads, workers)
+        share_threads()
+        self.team = Team(models, prepare=share_threads if config.backend == "torch" else None)
         self.optimizer = make_optimizer(config, self.model)
         names = [(name, math.prod(param.shape)) for name, (param, _) in self.model.named_parameters().items()]
         sizes = [sum(size for _, size in names), math.prod(self.model.flat_buffers.shape), 4]
