@@ -16,6 +16,7 @@ from cnnmpi.data import (
     DataError,
     DataLoader,
     Dataset,
+    cutout,
     find_data,
     load_cifar10,
     normalize,
@@ -547,6 +548,21 @@ def test_flip_and_crop_against_slow_references(dtype):
         random_crop(images, top + 4, left, 3)
 
 
+def test_cutout_blanks_one_square_inside_each_image():
+    images = tiny(train=9, shape=(2, 5, 6)).train_images.astype(np.float32) + 1
+    before, random = images.copy(), np.random.default_rng(1)
+    top, left = random.integers(0, 3, 9), random.integers(0, 4, 9)
+    result = cutout(images, top, left, 3)
+    for i in range(9):
+        expected = before[i].copy()
+        expected[:, top[i] : top[i] + 3, left[i] : left[i] + 3] = 0
+        assert np.array_equal(result[i], expected)
+    assert np.array_equal(images, before)
+    for bad in (top + 1, left):  # beyond the lower edge; rows have fewer places than columns
+        with pytest.raises(ValueError, match="draws"):
+            cutout(images, np.maximum(bad, 3), left, 3)
+
+
 def test_normalize_is_the_formula():
     images = tiny(train=9, shape=(3, 5, 6)).train_images
     mean, std = (0.5, 0.25, 0.1), (0.2, 0.3, 1.0)
@@ -598,7 +614,7 @@ def test_each_sample_is_seen_once_an_epoch(count, batch_size, shards, shuffle):
 
 def test_a_batch_is_a_function_of_its_step():
     dataset = tiny(train=50)
-    options = {"seed": 5, "flip": True, "crop_padding": 4, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    options = {"seed": 5, "flip": True, "crop_padding": 4, "cutout_size": 2, "mean": (0.5,) * 3, "std": (0.2,) * 3}
     arguments = (dataset.train_images, dataset.train_labels, 16)
     whole, cut = DataLoader(*arguments, **options), DataLoader(*arguments, shards=3, **options)
     wanted = [whole.batch(step) for step in range(8)]  # two epochs
@@ -631,6 +647,15 @@ def test_augmentation_in_the_loader_is_flip_then_crop_with_zeros():
     assert all(len(found) == 1 for found in offsets) and len({found[0] for found in offsets}) == 9
 
 
+def test_cutout_in_the_loader_reaches_every_place_and_blanks_with_the_mean():
+    x = np.full((400, 3, 8, 8), 255, np.uint8)
+    images = DataLoader(x, np.arange(400), 400, False, cutout_size=3, mean=(0.5,) * 3, std=(0.5,) * 3).batch(0)[0]
+    blank = (images == 0).all(axis=1)
+    assert np.all(blank.sum(axis=(1, 2)) == 9) and np.all((images == 0) | (images == 1))
+    corners = {(int(rows.min()), int(columns.min())) for rows, columns in map(np.nonzero, blank)}
+    assert corners == {(t, l) for t in range(6) for l in range(6)}  # 36 places, 400 draws
+
+
 def test_the_loader_does_not_copy_channels_last_images_and_leaves_them_alone():
     dataset = tiny()
     before = dataset.train_images.copy()
@@ -656,6 +681,8 @@ def test_nonsense_arguments_are_refused():
         ((x, y.astype(np.float64), 4), {}),
         ((x, y, 4), {"shards": 0}),
         ((x, y, 4), {"crop_padding": -1}),
+        ((x, y, 4), {"cutout_size": -1}),
+        ((x, y, 4), {"cutout_size": 99}),
         ((x, y, 4), {"mean": (0.5,) * 3}),
         ((x, y, 4), {"mean": (0.5,) * 3, "std": (0.0,) * 3}),
         ((x, y, 4), {"mean": (0.5,), "std": (1.0,)}),
@@ -681,6 +708,6 @@ def test_the_real_images():
 
 def test_flips_and_crops_are_drawn_anew_each_epoch():
     x = np.arange(40 * 3 * 8 * 8, dtype=np.float32).reshape(40, 3, 8, 8)
-    for options in ({"flip": True}, {"crop_padding": 2}):
+    for options in ({"flip": True}, {"crop_padding": 2}, {"cutout_size": 3}):
         loader = DataLoader(x, np.arange(40), 40, shuffle=False, **options)
         assert not np.array_equal(loader.batch(0)[0], loader.batch(1)[0])

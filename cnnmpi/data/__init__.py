@@ -1,7 +1,7 @@
 """Data: CIFAR archives -> HDF5 -> batches, with augmentation; and synthetic images where there are none."""
 
 from cnnmpi.data.archive import read_archive
-from cnnmpi.data.augment import normalize, random_crop, random_horizontal_flip
+from cnnmpi.data.augment import cutout, normalize, random_crop, random_horizontal_flip
 from cnnmpi.data.dataset import DataError, Dataset, statistics
 from cnnmpi.data.find import find_data, load_cifar10
 from cnnmpi.data.hdf5 import read_hdf5, write_hdf5
@@ -12,6 +12,7 @@ __all__ = [
     "DataError",
     "DataLoader",
     "Dataset",
+    "cutout",
     "find_data",
     "load_cifar10",
     "normalize",

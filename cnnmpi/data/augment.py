@@ -39,6 +39,21 @@ def random_crop(images: Array, top: Array, left: Array, padding: int) -> Array:
     return nchw(windows[np.arange(N), top, left].reshape(N, H, W, C))
 
 
+def cutout(images: Array, top: Array, left: Array, size: int) -> Array:
+    """Set a square of ``size`` pixels, its upper left corner at ``top``, ``left``, to 0 (DeVries and Taylor, 2017).
+
+    The draws ``top`` and ``left``, (N,), are integers in 0..H - size and 0..W - size; raises ValueError for others.
+    """
+    N, _, H, W = images.shape
+    for draws, length in ((top, H), (left, W)):
+        if draws.shape != (N,) or (N and not 0 <= draws.min() <= draws.max() <= length - size):
+            raise ValueError(f"cutout: expected {N} draws in 0..{length - size}")
+    pixels = nhwc(images).copy()
+    for image, t, l in zip(pixels, top, left, strict=True):
+        image[t : t + size, l : l + size] = 0
+    return nchw(pixels)
+
+
 def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """Return (x - mean) / std for each channel, as float32; x is the image, scaled to [0, 1] if it is uint8."""
     N, C, H, W = images.shape

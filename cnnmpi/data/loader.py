@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cnnmpi.data.augment import normalize, random_crop, random_horizontal_flip, to_unit
+from cnnmpi.data.augment import cutout, normalize, random_crop, random_horizontal_flip, to_unit
 from cnnmpi.data.dataset import Array, nchw, nhwc, part_of
 from cnnmpi.rng import generator
 
@@ -14,7 +14,8 @@ class DataLoader:
 
     Every sample is in exactly one batch of an epoch; the last batch may be smaller. Iterating yields the batches of one
     epoch, iterating again those of the next. ``batch(step, shard)`` gives any part of any batch directly, so a run can
-    begin at any step and needs no state. What happens to a sample (flip, crop) depends on (seed, epoch, sample) only.
+    begin at any step and needs no state. What happens to a sample (flip, crop, cutout) depends on (seed, epoch, sample)
+    only.
 
     ``mean`` and ``std``, one number for each channel, normalise; without them uint8 images are scaled to [0, 1].
     Raises ValueError for arguments that make no sense.
@@ -31,6 +32,7 @@ class DataLoader:
         shards: int = 1,
         flip: bool = False,
         crop_padding: int = 0,
+        cutout_size: int = 0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -43,10 +45,12 @@ class DataLoader:
                 f"DataLoader: batch_size {batch_size} and shards {shards} must be at least 1, "
                 f"crop_padding {crop_padding} at least 0"
             )
+        if not 0 <= cutout_size <= min(x.shape[2:]):
+            raise ValueError(f"DataLoader: cutout_size {cutout_size} does not fit into images of {x.shape[2:]} pixels")
         if (mean is None) != (std is None):
             raise ValueError("DataLoader: give both mean and std, or neither")
         self.batch_size, self.shuffle, self.seed, self.shards = batch_size, shuffle, seed, shards
-        self.flip, self.crop_padding, self.mean, self.std = flip, crop_padding, mean, std
+        self.flip, self.crop_padding, self.cutout_size, self.mean, self.std = flip, crop_padding, cutout_size, mean, std
         self._x = nhwc(x)  # a view if x is channels-last, so memory shared by processes stays shared
         self._y = y
         self._next_epoch = 0
@@ -71,7 +75,7 @@ class DataLoader:
         if step < 0 or not (shard is None or 0 <= shard < self.shards):
             raise ValueError(f"DataLoader: no batch at step {step}, shard {shard} of {self.shards}")
         epoch, index = divmod(step, len(self))
-        order, flip, crop = self._epoch(epoch)
+        order, flip, crop, square = self._epoch(epoch)
         samples = order[index * self.batch_size : (index + 1) * self.batch_size]
         if shard is not None:
             samples = samples[part_of(len(samples), shard, self.shards)]
@@ -81,23 +85,31 @@ class DataLoader:
         if crop is not None:
             top, left = crop[:, samples]
             x = random_crop(x, top, left, self.crop_padding)
-        return self._finish(x), self._y[samples].astype(np.int64)
+        x = self._finish(x)
+        if square is not None:
+            top, left = square[:, samples]
+            x = cutout(x, top, left, self.cutout_size)  # after normalisation: 0 is the mean colour
+        return x, self._y[samples].astype(np.int64)
 
     def _finish(self, x: Array) -> Array:
         if self.mean is None or self.std is None:
             return to_unit(x)
         return normalize(x, self.mean, self.std)
 
-    def _epoch(self, epoch: int) -> tuple[Array, Array | None, Array | None]:
+    def _epoch(self, epoch: int) -> tuple[Array, Array | None, Array | None, Array | None]:
         """Return the order and the draws of an epoch, kept until another epoch is asked for."""
         tables = self._tables  # read once and replaced as a whole, so that threads may share a loader
         if tables[0] != epoch:
             tables = self._tables = (epoch, *self._draw(epoch))
         return tables[1:]
 
-    def _draw(self, epoch: int) -> tuple[Array, Array | None, Array | None]:
-        N, p = len(self._x), self.crop_padding
+    def _draw(self, epoch: int) -> tuple[Array, Array | None, Array | None, Array | None]:
+        (N, H, W, _), p = self._x.shape, self.crop_padding
         order = generator(self.seed, "order", epoch).permutation(N) if self.shuffle else np.arange(N)
         flip = generator(self.seed, "flip", epoch).random(N) < 0.5 if self.flip else None
         crop = generator(self.seed, "crop", epoch).integers(0, 2 * p + 1, (2, N)) if p else None  # top, left
-        return order, flip, crop
+        square = None
+        if self.cutout_size:
+            highest = np.array([[H - self.cutout_size], [W - self.cutout_size]])
+            square = generator(self.seed, "cutout", epoch).integers(0, highest, (2, N), endpoint=True)  # top, left
+        return order, flip, crop, square

@@ -58,6 +58,9 @@ class Trainer:
 
         self.data = open_data(config.data, ranks, say)
         self.dataset = self.data.dataset
+        height, width = self.dataset.train_images.shape[2:]
+        if (config.cutout or 0) > min(height, width):
+            raise UserError(f"--cutout {config.cutout} does not fit into images of {height}x{width} pixels")
         self.loader = DataLoader(
             self.dataset.train_images,
             self.dataset.train_labels,
@@ -66,6 +69,7 @@ class Trainer:
             shards=config.shards,
             flip=config.flip,
             crop_padding=config.crop or 0,
+            cutout_size=config.cutout or 0,
             mean=self.data.mean,
             std=self.data.std,
         )
