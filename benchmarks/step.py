@@ -26,7 +26,7 @@ KINDS = ["numpy", "torch engine", "torch eager", "torch channels_last", "torch c
 TOLERANCE = 0.01
 
 
-def products(model: str, batch: int) -> float:
+def operations(model: str, batch: int) -> float:
     """Return the floating-point operations of the matrix products in a step, as direct convolution counts them."""
     net, total = MODELS[model](), 0.0
     first = next(layer for _, layer in net.walk() if isinstance(layer, Conv2d))
@@ -71,6 +71,8 @@ def check_equal(sides: dict[str, Competitor]) -> None:
             side.ask(f"check {file}")
             if not side.failure:
                 results[name] = dict(np.load(file))
+        if "torch eager" not in results:
+            raise SystemExit(f"torch eager failed, with which all are compared: {sides['torch eager'].failure}")
         expected = results["torch eager"]
         for name, result in results.items():
             assert result.keys() == expected.keys(), name
@@ -85,14 +87,14 @@ def compare(model: str, batch: int, threads: int, rounds: int) -> str:
     sides = {kind: Competitor(kind, model, batch, threads) for kind in KINDS}
     check_equal(sides)
     take_turns(sides, rounds, seconds=0.5)
-    operations, fastest = products(model, batch), peak(threads)
+    count, fastest = operations(model, batch), peak(threads)
     rows = []
     for name, side in sides.items():
         if side.failure:
             rows.append([name, f"does not work here: {side.failure[:60]}", "", "", "", ""])
             continue
         middle, memory = statistics.median(side.seconds), side.ask("memory") or math.nan
-        speed = operations / middle
+        speed = count / middle
         cells = [spread(side.seconds), f"{batch / middle:.0f}", f"{speed / 1e9:.0f}", f"{speed / fastest:.0%}"]
         rows.append([name, *cells, f"{memory:.0f}"])
     for side in sides.values():

@@ -327,7 +327,7 @@ class ExactReducer(Reducer):
     """Sums in 64-bit fixed point with 40 fractional bits: the same bits for any number of ranks and any order.
 
     Integer sums do not depend on their order, floating-point sums do. Each value is rounded once to a multiple of
-    2**-40 (9e-13; a float32 gradient above 1.5e-5 loses nothing), then all arithmetic is exact. Values may reach
+    2**-40 (9e-13; a float32 gradient above 7.7e-6 loses nothing), then all arithmetic is exact. Values may reach
     2**22 / shards, about 500,000 with 8 shards.
     """
 

@@ -109,7 +109,7 @@ class Adam(Optimizer):
         self.eps = eps
 
     def update(self, param: Array, grad: Array, decay: float, *state: Array) -> None:
-        """M = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p -= lr m^ / (sqrt(v^) + eps); ^ corrects the bias."""
+        """Update m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, p -= lr m^ / (sqrt(v^) + eps); ^ corrects the bias."""
         mean, square = state
         beta1, beta2 = self.betas
         if self.decoupled:

@@ -1,6 +1,6 @@
 """Randomness as a function, not a state: every draw of the program is keyed by what it is for.
 
-A generator is made from (seed, purpose, where), used once and thrown away. Nothing random needs to be saved, and
+A generator is made from (seed, purpose, where), used for that and thrown away. Nothing random needs to be saved, and
 neither the number of ranks nor a resume can change a draw.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def generator(seed: int, purpose: str, *where: int) -> np.random.Generator:
-    """Return the generator for one use, such as ``generator(seed, "dropout", layer, step, shard)``.
+    """Return the generator for one use, such as ``generator(seed, "order", epoch)``.
 
     ``seed`` and ``purpose`` choose the key of Philox4x64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
     2011) and ``where``, at most three non-negative integers, the upper words of its counter. Two different uses

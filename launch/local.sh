@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# On this machine, one rank a core unless told otherwise:  launch/local.sh [RANKS] [arguments of cnnmpi.train]
+# On this machine, one rank a core (but not more than the default 8 shards) unless told otherwise:  launch/local.sh [RANKS] [arguments of cnnmpi.train]
 set -euo pipefail
-ranks=$(nproc)
+ranks=$(($(nproc) < 8 ? $(nproc) : 8))
 if [[ ${1:-} =~ ^[0-9]+$ ]]; then ranks=$1; shift; fi
 # Open MPI refuses root and more ranks than cores unless it is told otherwise; MPICH ignores these
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1

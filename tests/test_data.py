@@ -558,9 +558,9 @@ def test_cutout_blanks_one_square_inside_each_image():
         expected[:, top[i] : top[i] + 3, left[i] : left[i] + 3] = 0
         assert np.array_equal(result[i], expected)
     assert np.array_equal(images, before)
-    for bad in (top + 1, left):  # beyond the lower edge; rows have fewer places than columns
+    for bad_top, bad_left in ((top + 3, left), (top, left + 4)):
         with pytest.raises(ValueError, match="draws"):
-            cutout(images, np.maximum(bad, 3), left, 3)
+            cutout(images, bad_top, bad_left, 3)
 
 
 def test_normalize_is_the_formula():

@@ -88,7 +88,7 @@ class DataLoader:
         x = self._finish(x)
         if square is not None:
             top, left = square[:, samples]
-            x = cutout(x, top, left, self.cutout_size)  # after normalisation: 0 is the mean colour
+            x = cutout(x, top, left, self.cutout_size)  # after normalisation, so that 0 is the mean colour
         return x, self._y[samples].astype(np.int64)
 
     def _finish(self, x: Array) -> Array:

@@ -1,7 +1,7 @@
-"""Blocks of images: every op works through its batch in pieces that stay in a core's cache, on one or more threads.
+"""Blocks of images: convolutions, BatchNorm, ReLU and pools work in pieces that profit from the caches, on threads.
 
 The pieces depend on shapes only, never on the number of threads, and what they return is combined in the order of
-the pieces. So the bits of a result do not depend on ``set_threads``.
+the pieces. So the bits of a result do not depend on the number that ``set_threads`` was given.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ _threads = 1
 def set_threads(count: int, callers: int = 1) -> None:
     """Let all ops of this process share ``count`` threads, BLAS single-threaded inside each of them.
 
-    ``callers`` of these threads call ops at the same time; only the rest helps them.
+    ``callers`` of these threads call ops at the same time; only the rest helps them. Also tells the C library to keep
+    freed memory.
     """
     global _pool, _threads
     _keep_freed_memory()
@@ -50,7 +51,7 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_threshold, 1 << 25)
         mallopt(trim_threshold, 1 << 30)
         mallopt(top_pad, 1 << 26)
-        mallopt(arena_max, 1)  # the arenas of other threads do not keep theirs
+        mallopt(arena_max, 1)  # one pool for all threads: what one frees another can take
 
 
 def for_each_block(body: Callable[[slice], Result], count: int, bytes_each: float) -> list[Result]:
@@ -80,7 +81,7 @@ def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: floa
 
 
 def _cut(count: int, bytes_each: float) -> list[slice]:
-    """Cut ``range(count)`` into equal pieces of about BLOCK_BYTES; few pieces are a power of 2, to suit the threads."""
+    """Cut ``range(count)`` into equal pieces of at most BLOCK_BYTES; fewer than RUNS are a power of 2, for threads."""
     most = max(1, int(BLOCK_BYTES // max(bytes_each, 1)))
     pieces = max(1, math.ceil(count / most))
     if pieces < RUNS:

@@ -68,9 +68,10 @@ def batch_norm(
 ) -> tuple[Array, Any]:
     """Return y = gamma (x - mean) / sqrt(var + eps) + beta for each channel of (N, C) or (N, C, H, W).
 
-    In training, mean and (biased) variance are the batch's, and the running ones move in place towards them (the
-    variance as unbiased estimate) by the share ``momentum``; otherwise the running ones are used. ``gamma``, ``beta``
-    and the running statistics are (C,). Raises ValueError in training where a channel has one value only.
+    In training, mean and (biased) variance are those of ``x`` (a shard, in the trainer), and the running ones move in
+    place towards them (the variance as unbiased estimate) by the share ``momentum``; otherwise the running ones are
+    used. ``gamma``, ``beta`` and the running statistics are (C,). Raises ValueError in training where a channel has one
+    value only.
     """
     rows, channels = _rows(x), x.shape[1]
     count = rows.size // channels

@@ -5,8 +5,8 @@ Four output pixels, a 2x2 tile, come from a 4x4 patch ``d`` of the input and the
     y = A' [ (G g G') * (B' d B) ] A
 
 (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2016), with ``*`` element by element: 16 products
-instead of 36. Summed over the input channels, each of the 16 is a matrix product over all tiles. The backward pass is
-the transpose of each of these linear maps, in reverse order.
+instead of 36. Summed over the input channels, each of the 16 is a matrix product over all tiles, M = V U'. The backward
+pass is the transpose of each of these linear maps, in reverse order, and of the product dU = dM' V, dV = dM U.
 
 The patches of neighbouring tiles overlap by two pixels. Tiles are ordered (image, tile row, tile column), and even and
 odd columns are kept apart, so that the sums below run over long contiguous stretches of memory.
@@ -17,12 +17,13 @@ import numpy as np
 from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc, sum_over_blocks
 
 # B' = [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]]    A' = [[1, 1, 1, 0], [0, 1, -1, 1]]
+# (the paper's, with the sign of the last product turned in both)
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 G2 = np.kron(G, G)  # (16, 9): g -> G g G' for g as a row of 9
 
 
 LEAST_CHANNELS = 24  # in and out: with fewer, the transforms take more time than the multiplications they save
-LARGER = 2  # times the usual block: BLAS packs the filters again for every block
+BLOCK_FACTOR = 2  # blocks are larger than usual: BLAS packs the filters again for every block
 
 
 def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
@@ -40,12 +41,12 @@ def conv2d(x: Array, W: Array, b: Array | None) -> Array:
     y = np.empty((N, H, width, O), x.dtype)
 
     def convolve(block: slice) -> None:
-        products = np.matmul(_transform_data(nhwc(x[block])), filters)
+        products = np.matmul(_transform_data(nhwc(x[block])), filters)  # (16, tiles, C) @ (16, C, O)
         _gather_output(products, y[block])
         if b is not None:
             y[block] += b
 
-    for_each_block(convolve, N, _bytes_each(x, W) / LARGER)
+    for_each_block(convolve, N, _bytes_each(x, W) / BLOCK_FACTOR)
     return nchw(y)
 
 
@@ -62,7 +63,7 @@ def conv2d_backward(dy: Array, x: Array, W: Array) -> tuple[Array, Array]:
         dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), _transform_data(nhwc(x[block])))
         return dfilters
 
-    dfilters = sum_over_blocks(gradients, N, _bytes_each(x, W) / LARGER)
+    dfilters = sum_over_blocks(gradients, N, _bytes_each(x, W) / BLOCK_FACTOR)
     dW = (G2.T.astype(x.dtype) @ dfilters.reshape(16, O * C)).reshape(3, 3, O, C).transpose(2, 3, 0, 1)
     return nchw(dx), dW
 
@@ -110,25 +111,24 @@ def _scatter_data(ddata: Array, dx: Array) -> None:
     n, H, W, C = dx.shape
     d = ddata.reshape(4, 4, n, H // 2, W // 2, C)
     rows = np.empty((4, n, H, W // 2, C), dx.dtype)
-    _overlap_data(d, rows[:, :, 0::2], rows[:, :, 1::2], axis=2)
-    _overlap_data(rows, dx[:, :, 0::2], dx[:, :, 1::2], axis=2)
+    _overlap_data(d, rows[:, :, 0::2], rows[:, :, 1::2])
+    _overlap_data(rows, dx[:, :, 0::2], dx[:, :, 1::2])
 
 
-def _overlap_data(d: Array, first: Array, second: Array, axis: int) -> None:
-    """B along one axis.
+def _overlap_data(d: Array, first: Array, second: Array) -> None:
+    """B along one axis: the fourth of ``d``, the third of ``first`` and ``second``.
 
     Patch t covers the pixels 2t - 1 to 2t + 2, so pixel 2t (``first``) is its second and the last of patch t - 1; pixel
     2t + 1 (``second``) is its third and the first of patch t + 1. What falls into the padding is dropped.
     """
     d0, d1, d2, d3 = d
-    lower, upper = (slice(None),) * axis + (slice(None, -1),), (slice(None),) * axis + (slice(1, None),)
     total = d1 - d2
     total -= d3
-    total[upper] += d3[lower]
+    total[:, :, 1:] += d3[:, :, :-1]
     first[...] = total
     np.add(d1, d2, out=total)
     total -= d0
-    total[lower] += d0[upper]
+    total[:, :, :-1] += d0[:, :, 1:]
     second[...] = total
 
 

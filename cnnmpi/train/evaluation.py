@@ -13,7 +13,7 @@ from cnnmpi.train.team import Team
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 250  # images evaluated at a time; fixed, so that the bits do not depend on the ranks
+BATCH = 250  # images evaluated at a time; fixed, so that the bits do not depend on the ranks
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,22 @@ def evaluate(
     ranks, team = ranks or Ranks(), model if isinstance(model, Team) else Team([model])
     training = team.models[0].training
     team.spread_buffers()
-    for model in team.models:
-        model.eval()
+    for member in team.models:
+        member.eval()
 
-    def evaluate_block(model: Model, start: int) -> tuple[float, Array]:
-        y = labels[start : start + BLOCK]
-        x = normalize(images[start : start + BLOCK], mean, std)
+    def evaluate_batch(model: Model, start: int) -> tuple[float, Array]:
+        y = labels[start : start + BATCH]
+        x = normalize(images[start : start + BATCH], mean, std)
         logits = model.forward(model.F.as_array(x, like=model.flat_params))
         targets = model.F.as_array(y, like=model.flat_params)
         loss, _ = model.F.cross_entropy_loss(logits, targets, reduction="sum")
         guesses = model.F.to_numpy(logits).argmax(axis=1)
         return loss, np.bincount(y * classes + guesses, minlength=classes * classes)
 
-    blocks = team.map(evaluate_block, range(ranks.rank * BLOCK, len(images), ranks.size * BLOCK))
-    for model in team.models:
-        model.train_mode(training)
-    confusion = sum((counts for _, counts in blocks), np.zeros(classes * classes, np.int64))
+    parts = team.map(evaluate_batch, range(ranks.rank * BATCH, len(images), ranks.size * BATCH))
+    for member in team.models:
+        member.train_mode(training)
+    confusion = sum((counts for _, counts in parts), np.zeros(classes * classes, np.int64))
     ranks.sum(confusion)
-    loss = math.fsum(value for part in ranks.gather([loss for loss, _ in blocks]) for value in part)  # in any order
+    loss = math.fsum(value for losses in ranks.gather([loss for loss, _ in parts]) for value in losses)  # any order
     return Evaluation(loss / len(images), confusion.reshape(classes, classes))

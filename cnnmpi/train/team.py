@@ -1,5 +1,6 @@
-"""The threads of one rank: each works on shards, or on blocks of images, with a model of its own."""
+"""The threads of one rank: each works on shards, or on batches in evaluation, with a model of its own."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -10,10 +11,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def fewest_workers(shards: int, threads: int) -> int:
+    """Return how many of ``threads`` suffice to do ``shards`` in as few rounds as all of them would.
+
+    8 shards on 5 threads take 2 rounds, for which 4 are enough: the fifth is free to help them.
+    """
+    rounds = math.ceil(shards / threads)
+    return math.ceil(shards / rounds)
+
+
 class Team:
     """Models for as many threads: one set of parameters between them, gradients and buffers to each.
 
-    What a body returns for an item does not depend on the model that it is given, so neither does it on their number.
+    What a body returns for an item must not depend on the model that it is given; then it does not on their number.
     New threads call ``prepare`` first.
     """
 

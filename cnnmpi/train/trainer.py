@@ -21,7 +21,7 @@ from cnnmpi.train.folder import BEST, LAST, RunFolder, find_checkpoint
 from cnnmpi.train.report import Report
 from cnnmpi.train.setup import learning_rate, make_model, make_optimizer, model_options, open_data
 from cnnmpi.train.state import Arrays, model_attributes, pack, unpack
-from cnnmpi.train.team import Team
+from cnnmpi.train.team import Team, fewest_workers
 
 AGAIN_S = 1.0  # a terminal and mpirun may both deliver one Ctrl-C: a second one comes later than this
 STOPPED = 75  # exit code of a run that was asked to stop and saved (EX_TEMPFAIL of sysexits.h: try again later)
@@ -81,14 +81,11 @@ class Trainer:
         self.threads = config.threads or (ranks.default_threads() if config.device == "cpu" else 1)
         workers = 1
         if config.reduction == "exact" and config.device == "cpu":
-            # threads take whole shards, as ranks do: as few threads as are done in as many rounds; the rest helps them
-            # inside the operations, but not inside torch's, which cuts its sums by their number
-            rounds = math.ceil(len(self.shards) / self.threads)
-            workers = math.ceil(len(self.shards) / rounds)
-            if config.backend == "torch":
+            workers = fewest_workers(len(self.shards), self.threads)
+            if config.backend == "torch":  # it cuts its sums by the number of threads inside an operation: none there
                 self.threads = workers
         models = [make_model(config, self.options, ranks.local_rank) for _ in range(workers)]
-        self.model, self.F = models[0], models[0].F
+        self.model, self.F = models[0], models[0].F  # F: cnnmpi.functional, or its counterpart in torch
         share_threads = functools.partial(self.F.set_threads, self.threads, workers)
         share_threads()
         self.team = Team(models, prepare=share_threads if config.backend == "torch" else None)
@@ -105,7 +102,7 @@ class Trainer:
         if saved is not None:
             self._continue_from(*saved)
         weights = np.array(self.F.to_numpy(self.model.flat_params))
-        ranks.broadcast(weights)
+        ranks.broadcast(weights)  # hosts of different kinds may have drawn them with different last bits
         self.F.copy_into(self.model.flat_params, weights)
 
         assert config.out is not None  # resolve() has set it
@@ -123,18 +120,18 @@ class Trainer:
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def train_step(self) -> float:
-        """Do the next step and return its mean loss. Equal bits on every rank, and for any number of ranks."""
+        """Do the next step and return its mean loss; equal bits on every rank, and (reduced exactly) for any number."""
         F = self.F
         buffers = np.array(F.to_numpy(self.model.flat_buffers))  # every shard starts from the same running statistics
 
         def train_shard(model: Model, shard: int) -> None:
-            x, y = self.loader.batch(self.step, shard)
-            if len(y) == 0:  # the last batch of an epoch may have fewer samples than there are shards
+            x, y = self.loader.batch(self.step, shard)  # (n, C, H, W), (n,)
+            if len(y) == 0:  # a small batch, such as an epoch's last, may have fewer samples than shards
                 return
             model.reseed(self.config.seed, self.step, shard)
             model.zero_grad()
             F.copy_into(model.flat_buffers, buffers)
-            logits = model.forward(F.as_array(x, like=model.flat_params))
+            logits = model.forward(F.as_array(x, like=model.flat_params))  # (n, classes)
             loss, dlogits = F.cross_entropy_loss(
                 logits,
                 F.as_array(y, like=model.flat_params),
@@ -150,8 +147,9 @@ class Trainer:
         if self.asked_to_stop:
             self.reducer.add(self.shards[0], None, None, np.array([0, 0, 0, 1]))
 
-        gradient, statistics_sum, counts = self.reducer.reduce(self.step)
-        samples = counts[2]
+        gradient, statistics_sum, totals = self.reducer.reduce(self.step)  # over all shards of all ranks
+        loss_sum, _, samples, stops = totals
+        # from here on one model: the others share its parameters; the optimizer knows views into its flat gradient
         F.copy_into(self.model.flat_grads, gradient / samples)
         F.copy_into(self.model.flat_buffers, statistics_sum / samples)
         if self.config.clip:
@@ -162,9 +160,9 @@ class Trainer:
             raise UserError(f"step {self.step}: the update made weights that are not finite; try a smaller --lr")
 
         self.step += 1
-        self.epoch_counts += counts[:3]
-        self.stopping = counts[3] > 0  # a decision of all ranks, at the same step: any of them was asked to stop
-        return float(counts[0] / samples)
+        self.epoch_counts += totals[:3]
+        self.stopping = stops > 0  # a decision of all ranks, at the same step: any of them was asked to stop
+        return float(loss_sum / samples)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
