@@ -38,19 +38,19 @@ def check(layer: L.Layer, twin: nn.Module, x: np.ndarray, rounds: int = 2) -> No
         ty = twin(tx)
         y = layer.forward(x)
         assert y.dtype == dtype
-        np.testing.assert_allclose(y, ty.detach().numpy(), rtol=1e-5, atol=ATOL[dtype])
+        np.testing.assert_allclose(y, ty.detach().numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
         dout = rng(7).standard_normal(y.shape).astype(dtype)
         before = x.copy(), dout.copy()
         ty.backward(torch.from_numpy(dout.copy()))
         dx = layer.backward(dout)
-        np.testing.assert_allclose(dx, tx.grad.numpy(), rtol=1e-5, atol=ATOL[dtype])
+        np.testing.assert_allclose(dx, tx.grad.numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
         np.testing.assert_array_equal(x, before[0])
         np.testing.assert_array_equal(dout, before[1])
     grads = {name: p.grad.numpy() for name, p in twin.named_parameters()}
     assert set(grads) == set(layer.named_parameters())
     for name, (_, grad) in layer.named_parameters().items():
         scale = max(1.0, float(np.abs(grads[name]).max()))  # a gradient sums over all positions: error grows with it
-        np.testing.assert_allclose(grad, grads[name], rtol=1e-5, atol=ATOL[dtype] * scale)
+        np.testing.assert_allclose(grad, grads[name], rtol=ATOL[dtype], atol=ATOL[dtype] * scale)
 
 
 @SWEEP
@@ -100,7 +100,7 @@ def test_batch_norm(shape, training, dtype):
     twin.train(training).zero_grad()
     check(layer, twin, x)
     for name in ("running_mean", "running_var"):
-        np.testing.assert_allclose(layer.buffers[name], getattr(twin, name).numpy(), rtol=1e-5, atol=ATOL[dtype])
+        np.testing.assert_allclose(layer.buffers[name], getattr(twin, name).numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
