@@ -79,7 +79,7 @@ class Config:
 # SimpleCNN and 40 for SmallResNet.
 RECIPES: dict[str, dict[str, Any]] = {
     "simplecnn": {
-        "epochs": 7,
+        "epochs": 9,
         "batch_size": 128,
         "optimizer": "sgd",
         "lr": 0.06,
