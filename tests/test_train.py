@@ -19,7 +19,7 @@ from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, RemoteError, UserError
 from cnnmpi.functional import blocks
 from cnnmpi.models import MODELS, Model, SmallResNet
-from cnnmpi.train import Config, Trainer, evaluate
+from cnnmpi.train import Config, Trainer, evaluate, evaluation
 from cnnmpi.train import config as settings
 from cnnmpi.train.team import Team
 
@@ -411,3 +411,13 @@ def test_a_failure_on_any_thread_of_a_team_is_raised_and_ends_the_others():
     with pytest.raises(ValueError, match="on the other thread"):
         team.map(body, range(10_000))
     assert len(done) < 1000
+
+
+def test_all_threads_of_a_team_evaluate_with_the_same_running_statistics(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 3)  # many batches, so that every thread has some
+    trainer = train(tmp_path / "r", Ranks(), data=data, model="smallresnet", threads=3)
+    images, labels = trainer.dataset.test_images, trainer.dataset.test_labels
+    options = {"classes": 10, "mean": trainer.data.mean, "std": trainer.data.std}
+    together, alone = (evaluate(model, images, labels, **options) for model in (trainer.team, trainer.model))
+    assert len(trainer.team.models) > 1
+    assert together.loss == alone.loss and np.array_equal(together.confusion, alone.confusion)
