@@ -1,5 +1,6 @@
 """Competitors take turns, so that a machine whose speed drifts slows all of them alike; medians are compared."""
 
+import argparse
 import contextlib
 import datetime
 import json
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import threadpoolctl
+
+from cnnmpi.models import MODELS
 
 FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
@@ -100,6 +103,15 @@ def spread(seconds: list[float]) -> str:
     """Median and quartiles in milliseconds."""
     low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
     return f"{middle * 1e3:.1f} ({low * 1e3:.1f}-{high * 1e3:.1f})"
+
+
+def options(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options that all comparisons have."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="smallresnet")
+    parser.add_argument("--batch", type=int, default=128, help="of all ranks together")
+    parser.add_argument("--rounds", type=int, default=10)
+    return parser
 
 
 def refuse_slow_blas() -> None:

@@ -5,15 +5,13 @@
 cnnmpi trains from its data set, with augmentation and exact reduction; DDP gets the same ready-made batch each time.
 """
 
-import argparse
 import os
 import shutil
 import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.rounds import Competitor, hardware, ratios, refuse_slow_blas, spread, table, take_turns
-from cnnmpi.models import MODELS
+from benchmarks.rounds import Competitor, hardware, options, ratios, refuse_slow_blas, spread, table, take_turns
 
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 MPIRUN = shutil.which("mpirun", path=PATH) or "mpirun"
@@ -47,10 +45,7 @@ def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="smallresnet")
-    parser.add_argument("--batch", type=int, default=128, help="of all ranks together")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser = options(__doc__)
     parser.add_argument(
         "--ranks", type=int, default=2, choices=range(2, 65, 2), metavar="N", help="most ranks to try, in steps of 2"
     )

@@ -3,7 +3,6 @@
 python -m benchmarks.step [--model smallresnet] [--threads 2] [--profile]
 """
 
-import argparse
 import math
 import statistics
 import tempfile
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import threadpoolctl
 
-from benchmarks.rounds import Competitor, hardware, ratios, refuse_slow_blas, spread, table, take_turns
+from benchmarks.rounds import Competitor, hardware, options, ratios, refuse_slow_blas, spread, table, take_turns
 from benchmarks.worker import Ours, inputs
 from cnnmpi.functional import conv, winograd
 from cnnmpi.layers import Conv2d, Layer, Linear
@@ -158,11 +157,8 @@ def profile(model: str, batch: int, steps: int = 10) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="smallresnet")
-    parser.add_argument("--batch", type=int, default=128)
+    parser = options(__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="print where the NumPy step's time goes, on 1 thread")
     args = parser.parse_args()
     refuse_slow_blas()

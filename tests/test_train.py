@@ -421,3 +421,8 @@ def test_all_threads_of_a_team_evaluate_with_the_same_running_statistics(tmp_pat
     together, alone = (evaluate(model, images, labels, **options) for model in (trainer.team, trainer.model))
     assert len(trainer.team.models) > 1
     assert together.loss == alone.loss and np.array_equal(together.confusion, alone.confusion)
+
+
+def test_a_cutout_larger_than_the_images_is_refused_by_its_flag(tmp_path, data):
+    with pytest.raises(UserError, match="--cutout 17 does not fit into images of 16x16"):
+        Trainer(Config(**{**SMALL, "data": data, "out": tmp_path / "r", "cutout": 17}), Ranks())

@@ -7,8 +7,8 @@ the pieces. So the bits of a result do not depend on the number that ``set_threa
 import contextlib
 import ctypes
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -92,20 +92,38 @@ def _cut(count: int, bytes_each: float) -> list[slice]:
 
 def _for_each(body: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """Call ``body`` with each item, on all threads; results in the order of the items."""
-    if _pool is None or len(items) == 1:
-        return [body(item) for item in items]
+    return share_out(items, [body] * min(_threads, len(items)), _pool)
+
+
+def share_out(
+    items: Sequence[Item], bodies: Sequence[Callable[[Item], Result]], pool: ThreadPoolExecutor | None
+) -> list[Result]:
+    """Call a body with each item: the first body on this thread, each other one on a thread of ``pool``.
+
+    Every thread takes the next item when it is done with one. Returns the results in the order of the items, or raises
+    what a body raised, once all threads have ended the item that they had.
+    """
+    if pool is None or len(items) <= 1:
+        return [bodies[0](item) for item in items]
     results: list[Any] = [None] * len(items)
-    queue = iter(list(enumerate(items)))  # shared: each thread takes the next item when it is done with one
+    queue = iter(list(enumerate(items)))
 
-    def work() -> None:
-        for index, item in queue:
-            results[index] = body(item)
+    def work(body: Callable[[Item], Result]) -> None:
+        try:
+            for index, item in queue:
+                results[index] = body(item)
+        except BaseException:
+            list(queue)  # nobody takes another item
+            raise
 
-    helpers = [_pool.submit(work) for _ in range(min(_threads, len(items)) - 1)]
-    work()
-    for helper in helpers:
-        if not helper.cancel():  # one that has not begun has nothing left to do
-            helper.result()
+    helpers = [pool.submit(work, body) for body in bodies[1:]]
+    try:
+        work(bodies[0])
+    finally:
+        begun = [helper for helper in helpers if not helper.cancel()]  # for one that has not, nothing is left to do
+        wait(begun)
+    for helper in begun:
+        helper.result()
     return results
 
 

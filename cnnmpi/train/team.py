@@ -1,10 +1,12 @@
 """The threads of one rank: each works on shards, or on batches in evaluation, with a model of its own."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
+from cnnmpi.functional.blocks import share_out
 from cnnmpi.models import Model
 
 Item = TypeVar("Item")
@@ -36,25 +38,7 @@ class Team:
 
     def map(self, body: Callable[[Model, Item], Result], items: Sequence[Item]) -> list[Result]:
         """Call ``body(model, item)`` for every item, on all threads, and return the results in the items' order."""
-        results: list[Any] = [None] * len(items)
-        queue = iter(list(enumerate(items)))  # shared: each thread takes the next item when it is done with one
-
-        def work(model: Model) -> None:
-            try:
-                for index, item in queue:
-                    results[index] = body(model, item)
-            except BaseException:
-                list(queue)  # nobody takes another item
-                raise
-
-        others = [self._pool.submit(work, model) for model in self.models[1:]] if self._pool else []
-        try:
-            work(self.models[0])
-        finally:
-            wait(others)
-        for other in others:
-            other.result()
-        return results
+        return share_out(items, [functools.partial(body, model) for model in self.models], self._pool)
 
     def spread_buffers(self) -> None:
         """Give all models the first one's buffers."""
