@@ -106,7 +106,9 @@ class DataLoader:
     def _draw(self, epoch: int) -> tuple[Array, Array | None, Array | None, Array | None]:
         (N, H, W, _), p = self._x.shape, self.crop_padding
         order = generator(self.seed, "order", epoch).permutation(N) if self.shuffle else np.arange(N)
-        flip = generator(self.seed, "flip", epoch).random(N) < 0.5 if self.flip else None
+        flip = None
+        if self.flip:  # at random at first, then by turns: two epochs show both sides of each image (Jordan, 2024)
+            flip = (generator(self.seed, "flip").random(N) < 0.5) ^ (epoch % 2 == 1)
         crop = generator(self.seed, "crop", epoch).integers(0, 2 * p + 1, (2, N)) if p else None  # top, left
         square = None
         if self.cutout_size:

@@ -50,7 +50,7 @@ class Config:
     clip: float = 0.0
     """Largest global norm of the gradient; 0 does not clip."""
     flip: bool = True
-    """Mirror training images at random."""
+    """Mirror half of the training images, in turn."""
     crop: int | None = None
     """Shift training images at random by up to this many pixels."""
     cutout: int | None = None
@@ -91,15 +91,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "cutout": 0,
     },
     "smallresnet": {
-        "epochs": 18,
+        "epochs": 17,
         "batch_size": 256,
         "optimizer": "sgd",
         "lr": 0.25,
         "schedule": "linear",
         "warmup": 0.2,
-        "weight_decay": 5e-4,
+        "weight_decay": 7e-4,
         "label_smoothing": 0.1,
-        "crop": 3,
+        "crop": 4,
         "cutout": 0,
     },
 }
