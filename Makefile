@@ -1,7 +1,9 @@
 # Two commands do everything:  make train [ARGS="--model smallresnet"]   and   make test
+# make faults [FAULTS=200]: every fault that a run is to survive (docs/faults.md)
 PYTHON ?= python3
 RANKS  ?= 4
 ARGS   ?=
+FAULTS ?= 60
 BIN    := .venv/bin
 
 # more ranks than cores are welcome (Open MPI would refuse), and root may run mpirun in a container
@@ -10,7 +12,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train test lint clean
+.PHONY: train test faults lint clean
 
 train: .venv/train.done
 	$(BIN)/mpirun -n $(RANKS) $(BIN)/python -m cnnmpi.train $(ARGS)
@@ -20,6 +22,11 @@ test: .venv/test.done
 	$(BIN)/mpirun -n 2 $(BIN)/python -m pytest --with-mpi
 	$(BIN)/mpirun -n 3 $(BIN)/python -m pytest --with-mpi -m mpi
 	$(BIN)/mpirun -n 4 $(BIN)/python -m pytest --with-mpi -m mpi
+
+faults: .venv/test.done
+	$(BIN)/python -m pytest -m fault
+	$(BIN)/mpirun -n 3 $(BIN)/python -m pytest --with-mpi -m "fault and mpi"
+	$(BIN)/python -m cnnmpi.chaos --faults $(FAULTS) --mpirun $(BIN)/mpirun
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

@@ -5,9 +5,12 @@ import sys
 
 COMMANDS = {
     "train": ("cnnmpi.train.__main__", "train a model; start it with mpirun for several ranks"),
+    "elastic": ("cnnmpi.elastic", "train under mpirun, and restart when ranks or hosts are lost"),
     "evaluate": ("cnnmpi.evaluate", "accuracy, loss and confusion matrix of a checkpoint"),
     "predict": ("cnnmpi.predict", "classes of image files"),
     "data": ("cnnmpi.data.__main__", "convert a CIFAR archive to HDF5"),
+    "doctor": ("cnnmpi.doctor", "check MPI, cores, BLAS, disk and data before a job"),
+    "chaos": ("cnnmpi.chaos", "train under random faults and compare the weights"),
     "checkpoint": ("cnnmpi.checkpoint.__main__", "show, verify or compare checkpoints"),
 }
 

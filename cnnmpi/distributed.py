@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -30,6 +31,18 @@ IDLE_S = 2e-4  # between two looks at a reduction under way, where ranks share c
 
 class UserError(Exception):
     """Something that the user can mend: shown as one line, without a traceback."""
+
+    code = 2  # the exit code that it stands for
+
+
+class NotFiniteError(UserError):
+    """A sum over the ranks had a part that was not finite or too large; all ranks meet it at the same step."""
+
+
+class DisagreementError(UserError):
+    """Ranks that must hold the same no longer do: not the user's doing, and gone after a restart."""
+
+    code = 1
 
 
 class RemoteError(Exception):
@@ -57,7 +70,7 @@ class Ranks:
         self.cores_on_node = len(set().union(*self.gather_node(_affinity())))
         self.oversubscribed = self.local_size > self.cores_on_node
         self._windows: list[Any] = []  # keep shared memory alive
-        self._farewell = comm.Dup() if comm else None
+        self.aside: Any = comm.Dup() if comm else None  # for messages that must not meet those of the training
 
     # -- objects: small things, by pickle ----------------------------------------------------------------------------
 
@@ -102,6 +115,30 @@ class Ranks:
         if different:
             raise UserError(f"the ranks differ in {what}: {', '.join(different)} from rank 0; start all alike")
 
+    def agree_on_arrays(self, when: str, arrays: Mapping[str, Array]) -> None:
+        """Raise DisagreementError on every rank unless all hold the same bits in ``arrays``, {name: array}.
+
+        It names the ranks whose arrays differ from those of most, and the first array that does.
+        """
+        if self.comm is None:
+            return
+        digests = {name: hashlib.sha256(array.ravel(order="K").data).hexdigest() for name, array in arrays.items()}
+        everything = hashlib.sha256(repr(digests).encode()).hexdigest()
+        if len(set(self.gather(everything))) == 1:
+            return
+        theirs = self.gather((everything, digests, socket.gethostname()))
+        usual, _ = Counter(everything for everything, _, _ in theirs).most_common(1)[0]
+        reference = next(digests for everything, digests, _ in theirs if everything == usual)
+        different = []
+        for rank, (everything, digests, host) in enumerate(theirs):
+            if everything != usual:
+                first = next((name for name in reference if digests.get(name) != reference[name]), "more arrays")
+                different.append(f"rank {rank} ({host}) in {first}")
+        raise DisagreementError(
+            f"{when}: the ranks no longer hold the same numbers: {', '.join(different)} from the others; memory or "
+            "software failed there. The checkpoints before are good: go on with --resume, better without that host"
+        )
+
     # -- arrays: large things, as buffers ----------------------------------------------------------------------------
 
     def broadcast(self, array: Array) -> None:
@@ -119,6 +156,12 @@ class Ranks:
         request = self.comm.Iallreduce(self.mpi.IN_PLACE, array)
         while not request.Test():  # a waiting rank that spins would take the core from one that computes
             time.sleep(IDLE_S)
+
+    def any(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true on any rank."""
+        count = np.array([flag], np.int64)
+        self.sum(count)
+        return bool(count[0])
 
     def shared_array(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return one zeroed array that all ranks of this host share. Call on all of them, in the same order."""
@@ -142,9 +185,9 @@ class Ranks:
 
     def all_arrive(self, seconds: float) -> bool:
         """Return whether all ranks come to this call within ``seconds``. For the end of the program only."""
-        if self._farewell is None:
+        if self.aside is None:
             return True
-        request, deadline = self._farewell.Ibarrier(), time.monotonic() + seconds
+        request, deadline = self.aside.Ibarrier(), time.monotonic() + seconds
         while not request.Test():
             if time.monotonic() > deadline:
                 return False
@@ -212,12 +255,12 @@ def _install_hooks(ranks: Ranks) -> None:
 
 
 def exit_code(error: BaseException) -> int:
-    """Return the exit code that an exception stands for: 2 for the user's errors, 130 for Ctrl-C, else 1."""
+    """Return the exit code that an exception stands for: mostly 2 for the user's errors, 130 for Ctrl-C, else 1."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if isinstance(error, RemoteError):
+    if isinstance(error, UserError | RemoteError):
         return error.code
-    return {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _explain(ranks: Ranks, error: BaseException) -> None:
@@ -256,7 +299,7 @@ class Reducer:
     """Sums arrays over shards and ranks as float32: fast, but the last bits depend on the number of ranks.
 
     A rank calls ``add`` for each of its shards, if it has any, then ``reduce`` with all others. Values that are not
-    finite, or too large for the sum, raise UserError on every rank alike.
+    finite, or too large for the sum, raise NotFiniteError on every rank alike.
 
     Args:
         ranks: who takes part.
@@ -288,20 +331,17 @@ class Reducer:
     def reduce(self, step: int = 0) -> list[Array]:
         """Return the sums over all shards of all ranks as float64 arrays, and start anew at zero.
 
-        Raises UserError naming the step, the shard and the first bad piece where a value was not finite or beyond
-        ``limit``.
+        Raises NotFiniteError naming the step, the shard and the first bad piece where a value was not finite or beyond
+        ``limit``; the next sum starts at zero all the same.
         """
         self.ranks.sum(self._message)
-        for shard in np.flatnonzero(self._flags):
-            blamed = int(self._flags[shard]) - 1
+        total, flags = self._decode(self._total), self._flags.copy()
+        self._message[...] = 0
+        for shard in np.flatnonzero(flags):
+            blamed = int(flags[shard]) - 1
             known = blamed < len(self.names)
             where = f"the gradient of {self.names[blamed][0]}" if known else "the loss or a running statistic"
-            raise UserError(
-                f"step {step}, shard {shard}: {where} is not finite or beyond {self.limit:.3g}; the weights were left "
-                "as they were before this step; a smaller --lr may help"
-            )
-        total = self._decode(self._total)
-        self._message[...] = 0
+            raise NotFiniteError(f"step {step}, shard {shard}: {where} is not finite or beyond {self.limit:.3g}")
         return np.split(total, np.cumsum(self.sizes)[:-1])
 
     def _blame(self, gradient: Array) -> int:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from cnnmpi import functional
+from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, start
+from tests.jobs import command, digest, run
 
 os.environ.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
 os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
@@ -30,6 +32,22 @@ def ranks() -> Ranks:
 def shared_tmp(ranks: Ranks, tmp_path: Path) -> Path:
     """A folder that is the same for all ranks."""
     return ranks.on_rank0(lambda: tmp_path)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A small data file for jobs that train with ``tests.jobs.command``."""
+    path = tmp_path_factory.mktemp("data") / "synthetic.h5"
+    write_hdf5(path, synthetic(train=400, test=100))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data, tmp_path_factory) -> str:
+    """The digest in which such a job must end, whatever happens to it."""
+    result = run(*command(1, data, tmp_path_factory.mktemp("one") / "run"))
+    assert result.returncode == 0, result.stderr
+    return digest(result.stdout)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -179,6 +179,7 @@ def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(
 # --- what is damaged or foreign is refused ---
 
 
+@pytest.mark.fault
 def test_truncation_anywhere_is_refused_and_called_so(tmp_path: Path) -> None:
     blob = small(tmp_path / "a.h5").read_bytes()
     path = tmp_path / "b.h5"
@@ -192,6 +193,7 @@ def test_truncation_anywhere_is_refused_and_called_so(tmp_path: Path) -> None:
     assert "damaged" in error_of(path)
 
 
+@pytest.mark.fault
 def test_every_flipped_byte_is_refused(tmp_path: Path) -> None:
     blob = small(tmp_path / "a.h5").read_bytes()
     path = tmp_path / "b.h5"
@@ -204,6 +206,7 @@ def test_every_flipped_byte_is_refused(tmp_path: Path) -> None:
         assert "damaged" in message or "truncated" in message  # the latter where the size has become larger
 
 
+@pytest.mark.fault
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     with h5py.File(path, "w") as root:
@@ -217,6 +220,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     assert "Is a directory" in error_of(tmp_path)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("version", "said"), [(2, "version is 2.*update"), (None, "missing"), (0, "no version"), (1.5, "no version")]
 )
@@ -266,6 +270,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], object], str]] = {
 }
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_content_is_refused_though_its_digest_is_right(tmp_path: Path, case: str) -> None:
     fill, said = HOSTILE[case]
@@ -285,6 +290,7 @@ def test_crafted_but_harmless_content_is_read(tmp_path: Path) -> None:
 # --- a write that fails leaves the old file ---
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 @pytest.mark.parametrize("function", ["open", "write", "fsync", "replace"])
 @pytest.mark.parametrize("keep", [False, True])
@@ -306,6 +312,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(
     assert listing(tmp_path) == ["last.h5"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("failing_call", [1, 2])
 def test_each_rename_may_fail_when_the_previous_file_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_call: int
@@ -327,6 +334,7 @@ def test_each_rename_may_fail_when_the_previous_file_is_kept(
     assert listing(tmp_path) == ["last.h5"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("code", "tolerated"), [(errno.EIO, False), (errno.EINVAL, True)])
 def test_a_directory_that_cannot_be_synced_holds_the_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, tolerated: bool
@@ -351,6 +359,7 @@ def test_a_directory_that_cannot_be_synced_holds_the_new_file(
     assert listing(tmp_path) == ["last.h5"]
 
 
+@pytest.mark.fault
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:100]))
@@ -372,6 +381,7 @@ def test_an_interrupt_removes_the_temporary(tmp_path: Path, monkeypatch: pytest.
     assert listing(tmp_path) == []
 
 
+@pytest.mark.fault
 def test_the_temporary_of_a_killed_process_is_removed_by_the_next_write(tmp_path: Path) -> None:
     (tmp_path / ".last.h5.0123.tmp").write_bytes(b"half")
     (tmp_path / ".best.h5.0123.tmp").write_bytes(b"another file's")
@@ -388,6 +398,7 @@ def test_keep_keeps_the_previous_file(tmp_path: Path) -> None:
     assert load(previous)[1]["step"] == 1
 
 
+@pytest.mark.fault
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone/last\.h5: cannot be written: No such file or directory"):
         small(tmp_path / "gone" / "last.h5")

@@ -135,6 +135,7 @@ class Payload:
         return os.system, (f"touch {self.target}",)
 
 
+@pytest.mark.fault
 def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
     target = tmp_path / "executed"
     members = members_of(PYTHON, tiny())
@@ -147,6 +148,7 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
     assert target.exists()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("kind", "name", "match"),
     [
@@ -169,6 +171,7 @@ def test_a_tar_that_points_elsewhere_is_refused(tmp_path, kind, name, match):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tar"])
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.9])
 def test_a_truncated_archive_is_refused(tmp_path, layout, suffix, part):
@@ -182,6 +185,7 @@ def test_a_truncated_archive_is_refused(tmp_path, layout, suffix, part):
         read_archive(path)
 
 
+@pytest.mark.fault
 def test_damaged_members_are_refused_by_name(tmp_path):
     def message(layout, **changed):
         members = members_of(layout, tiny()) | {name.replace("__", "."): value for name, value in changed.items()}
@@ -290,6 +294,7 @@ def no_classes(file, folder):
 IMAGES = np.zeros((7, 3, 32, 32), np.uint8)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -333,6 +338,7 @@ def test_a_hostile_or_wrong_hdf5_file_is_refused_before_anything_is_allocated(tm
     assert not allocated or "lie in" in match
 
 
+@pytest.mark.fault
 def test_a_truncated_or_altered_hdf5_file_is_refused(tmp_path):
     path = tmp_path / "d.h5"
     write_hdf5(path, tiny())
@@ -349,6 +355,7 @@ def test_a_truncated_or_altered_hdf5_file_is_refused(tmp_path):
         read_hdf5(tmp_path / "absent.h5")
 
 
+@pytest.mark.fault
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "d.h5"
     write_hdf5(path, tiny())
@@ -420,6 +427,7 @@ def offline(monkeypatch):
     return asked
 
 
+@pytest.mark.fault
 def test_without_data_and_network_auto_is_synthetic_with_a_loud_notice(tmp_path, offline):
     notices = []
     assert find_data("auto", tmp_path / "data", notices.append) is None
@@ -476,6 +484,7 @@ def test_a_path_is_converted_again_only_when_the_archive_has_changed(tmp_path):
         find_data("absent.h5", data)
 
 
+@pytest.mark.fault
 def test_a_data_folder_that_cannot_be_made_is_an_error_but_for_auto(tmp_path, offline):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "data"):
@@ -486,6 +495,7 @@ def test_a_data_folder_that_cannot_be_made_is_an_error_but_for_auto(tmp_path, of
         assert "data folder cannot" in said[0] and "SYNTHETIC" in said[0]
 
 
+@pytest.mark.fault
 def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     requests = pytest.importorskip("requests")
     from cnnmpi.data.download import download_cifar10

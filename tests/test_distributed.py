@@ -65,6 +65,7 @@ def test_a_reducer_starts_anew_and_none_adds_nothing(ranks):
         assert first.tolist() == [ranks.size, 2 * ranks.size] and second[0] == 2 * ranks.size
 
 
+@pytest.mark.fault
 @pytest.mark.mpi(min_size=1)
 @pytest.mark.parametrize("kind", [ExactReducer, Reducer])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
@@ -91,6 +92,7 @@ def test_broadcast_gather_and_rank0(ranks):
         ranks.on_rank0(fail)
 
 
+@pytest.mark.fault
 @pytest.mark.mpi(min_size=1)
 def test_agree_names_the_ranks_that_differ(ranks):
     ranks.agree("the seed", 5)
@@ -129,6 +131,7 @@ def run_start(**environment):
     )
 
 
+@pytest.mark.fault
 @pytest.mark.mpi_skip
 def test_processes_that_do_not_find_each_other_are_refused():
     assert run_start().stdout == "size 1\n"

@@ -2,10 +2,8 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,44 +12,12 @@ import pytest
 from PIL import Image
 
 from cnnmpi.__main__ import main as cnnmpi
-from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.evaluate import main as evaluate
 from cnnmpi.predict import main as predict
 from cnnmpi.train.__main__ import main as train
+from tests.jobs import all_gone, command, digest, needs_mpirun, rank_pids, run, start_and_wait
 
 pytestmark = pytest.mark.mpi_skip  # mpirun does not start inside mpirun
-
-MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip install 'cnnmpi[mpich]'")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "synthetic.h5"
-    write_hdf5(path, synthetic(train=400, test=100))
-    return path
-
-
-def command(ranks: int, data: Path, out: Path, *extra: str) -> list[str]:
-    start = [MPIRUN, "-n", str(ranks)] if ranks > 1 else []
-    module = [sys.executable, "-m", "cnnmpi.train"]
-    options = ["--data", str(data), "--out", str(out), "--batch-size", "40", "--epochs", "3", "--threads", "1"]
-    return [*start, *module, *options, *extra]
-
-
-def run(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def digest(output: str) -> str:
-    return re.search(r"^done: test_acc=0\.\d{4} weights_sha256=([0-9a-f]{64})$", output, re.MULTILINE)[1]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> str:
-    result = run(*command(1, data, tmp_path_factory.mktemp("one") / "run"))
-    assert result.returncode == 0, result.stderr
-    return digest(result.stdout)
 
 
 @needs_mpirun
@@ -63,29 +29,7 @@ def test_mpirun_ends_in_the_digest_of_one_process(ranks, data, tmp_path, undistu
     assert result.stdout.count("epoch 1 ") == 1, "rank 0 alone speaks"
 
 
-def start_and_wait(args: list[str], out: Path) -> subprocess.Popen[str]:
-    """Start a job and wait for its first checkpoint."""
-    job = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (out / "last.h5").exists():
-        assert time.monotonic() < deadline and job.poll() is None
-        time.sleep(0.02)
-    return job
-
-
-def rank_pids(out: Path) -> list[int]:
-    """The processes that train into ``out``, but for mpirun and its helpers."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if words[0] == sys.executable.encode() and str(out).encode() in words:
-            found.append(int(folder.name))
-    return sorted(found)
-
-
+@pytest.mark.fault
 @needs_mpirun
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_kill_9_of_any_rank_ends_the_job_and_resume_on_other_ranks_is_exact(victim, data, tmp_path, undisturbed):
@@ -97,7 +41,7 @@ def test_kill_9_of_any_rank_ends_the_job_and_resume_on_other_ranks_is_exact(vict
     killed = time.monotonic()
     job.communicate(timeout=30)
     assert time.monotonic() - killed < 10 and job.returncode != 0
-    assert not rank_pids(out)
+    assert all_gone(out)
     resumed = run(*command(2, data, out, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     assert digest(resumed.stdout) == undisturbed
@@ -129,6 +73,7 @@ def run_failing(failure: str, data: Path, out: Path, timeout: float, unprotected
     return run(*args, timeout=timeout)
 
 
+@pytest.mark.fault
 @needs_mpirun
 @pytest.mark.parametrize(
     "failure, text",
@@ -145,6 +90,7 @@ def test_a_failure_on_one_rank_ends_the_job_and_is_explained_once(failure, text,
     assert text in result.stderr and result.stderr.count("Traceback") == int("raise" in failure)
 
 
+@pytest.mark.fault
 @needs_mpirun
 def test_without_the_protection_an_exception_hangs_the_job(data, tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
@@ -164,6 +110,7 @@ def test_a_signal_saves_and_says_how_to_resume(number, data, tmp_path, undisturb
     assert digest(run(*command(1, data, out, "--resume")).stdout) == undisturbed
 
 
+@pytest.mark.fault
 @needs_mpirun
 def test_a_signal_to_one_rank_stops_all(data, tmp_path, undisturbed):
     out = tmp_path / "run"
@@ -174,6 +121,7 @@ def test_a_signal_to_one_rank_stops_all(data, tmp_path, undisturbed):
     assert digest(run(*command(3, data, out, "--resume")).stdout) == undisturbed
 
 
+@pytest.mark.fault
 @needs_mpirun
 @pytest.mark.parametrize(
     "extra, text",

@@ -189,6 +189,7 @@ def test_seeds_choose_the_weights():
     assert SimpleCNN(seed=1).flat_params.tobytes() != SimpleCNN(seed=2).flat_params.tobytes()
 
 
+@pytest.mark.fault
 def test_load_state_dict_lists_all_that_does_not_fit_and_changes_nothing():
     model = SimpleCNN()
     state = model.state_dict()

@@ -139,6 +139,7 @@ def test_threads_do_not_change_a_bit(tmp_path, data, model, backend, monkeypatch
     assert all(result == results[0] for result in results)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("batch_size, shards", [(101, 8), (500, 3), (1, 2), (7, 7)])
 def test_sizes_that_do_not_divide(tmp_path, data, batch_size, shards):
     """Every sample counts once: the training counts of an epoch add up, whatever the sizes."""
@@ -194,6 +195,7 @@ def test_evaluation_counts_each_image_once(ranks, shared_tmp, data):
     assert trainer.model.training
 
 
+@pytest.mark.fault
 @pytest.mark.mpi(min_size=1)
 def test_a_stop_of_one_rank_stops_all_at_the_same_step_and_resumes_to_the_bit(ranks, shared_tmp, tmp_path, data):
     whole = train(tmp_path / "whole", Ranks(), data=data)
@@ -202,7 +204,7 @@ def test_a_stop_of_one_rank_stops_all_at_the_same_step_and_resumes_to_the_bit(ra
 
     def batch(step, shard):
         if step == 6 and ranks.rank == ranks.size - 1:
-            trainer._on_signal(10, None)
+            trainer.signals.receive(10)
         return original(step, shard)
 
     trainer.loader.batch = batch
@@ -240,6 +242,7 @@ def test_an_earlier_run_is_moved_aside(tmp_path, data, capsys):
     assert "was moved to" in capsys.readouterr().out
 
 
+@pytest.mark.fault
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, data, capsys):
     whole = train(tmp_path / "whole", Ranks(), data=data)
     run = tmp_path / "run"
@@ -283,6 +286,7 @@ def test_more_ranks_than_shards_says_which_value_to_use(ranks, shared_tmp):
         Trainer(Config(**{**SMALL, "shards": ranks.size - 1, "out": shared_tmp / "r"}), ranks)
 
 
+@pytest.mark.fault
 def test_resume_refuses_what_contradicts_the_checkpoint(tmp_path, data, ranks):
     run = tmp_path / "run"
     train(run, Ranks(), data=data, max_steps=1)
@@ -296,6 +300,7 @@ def test_resume_refuses_what_contradicts_the_checkpoint(tmp_path, data, ranks):
         Trainer(Config(out=run, resume="auto", data=str(tmp_path / "other.h5")), Ranks(), named={"data"})
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "lr, message",
     [(1e30, r"step \d+, shard \d+: the gradient of .* is not finite"), (1e39, "made weights that are not finite")],
@@ -311,6 +316,7 @@ def test_a_diverging_run_stops_with_a_finite_checkpoint(tmp_path, data, lr, mess
         assert np.isfinite(array).all()
 
 
+@pytest.mark.fault
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path, data):
     config = Config(**{**SMALL, "data": data, "out": tmp_path / "run"})
     first = Trainer(config, Ranks())
@@ -328,7 +334,7 @@ def test_a_stop_at_the_end_of_an_epoch_loses_nothing(tmp_path, data):
 
     def step():
         if trainer.step == 4:  # the last one of the first epoch
-            trainer._on_signal(signal.SIGTERM, None)
+            trainer.signals.receive(signal.SIGTERM)
         return original()
 
     trainer.train_step = step

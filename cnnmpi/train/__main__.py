@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 from cnnmpi.distributed import UserError, failing_together, start
 from cnnmpi.train.config import parse
+from cnnmpi.train.setup import program
+from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.trainer import Trainer
+from cnnmpi.train.watchdog import Watchdog
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train as ``argv`` says (the command line's if None). Returns the exit code."""
+def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) -> int:
+    """Train as ``argv`` says (the command line's if None), with a ``trainer``. Returns the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         ranks = start()
@@ -23,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with failing_together(ranks):
         ranks.agree("their command lines", args)
+        ranks.agree("the programs that they run", program())
         config, named = ranks.on_rank0(lambda: parse(args))
-        return Trainer(config, ranks, named).run()
+        with StopSignals() as signals, Watchdog(ranks, config.hang_warning, config.hang_limit) as watchdog:
+            return trainer(config, ranks, named, signals, watchdog).run()
     return 1
 
 

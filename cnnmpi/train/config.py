@@ -73,6 +73,14 @@ class Config:
     """Continue a run: auto takes the newest checkpoint in the folder of the run; or name a file."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes one at the end of each epoch only."""
+    agree_every: int = 50
+    """Steps between checks that all ranks hold the same weights; 0 checks at checkpoints only."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do with a step whose gradient is not finite; weights stay finite either way."""
+    hang_warning: float = 60.0
+    """Seconds after which a rank that keeps the others waiting is named; 0 names none."""
+    hang_limit: float = 600.0
+    """Seconds after which a job that hangs shows where its ranks are and ends; 0 waits for ever."""
 
 
 # What is left out of the command line: found by training for the best test accuracy on two cores, within 4 minutes for
@@ -106,7 +114,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
 
 # what may differ when a run is resumed: it does not shape the result (data is compared by its content)
-FREE = {"max_steps", "threads", "data", "out", "resume", "checkpoint_every"}
+FREE = {
+    "max_steps", "threads", "data", "out", "resume", "checkpoint_every", "agree_every", "hang_warning", "hang_limit",
+}  # fmt: skip
 
 
 def resolve(config: Config) -> Config:
@@ -119,7 +129,7 @@ def resolve(config: Config) -> Config:
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
         "warmup": 0, "label_smoothing": 0, "clip": 0, "crop": 0, "cutout": 0, "seed": 0, "threads": 0,
-        "checkpoint_every": 0,
+        "checkpoint_every": 0, "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
     }  # fmt: skip
     for name, low in lowest.items():
         value = getattr(config, name)

@@ -1,6 +1,7 @@
 """Exact evaluation: counts over the whole set, the same for any number of ranks."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,29 @@ def evaluate(
     The ranks, and the team's threads in each, share the work. ``mean`` and ``std`` (C,) normalise the pixels, as in
     training. The models keep their mode.
     """
-    ranks, team = ranks or Ranks(), model if isinstance(model, Team) else Team([model])
+    result = evaluate_unless(
+        lambda: False, model, images, labels, classes=classes, mean=mean, std=std, ranks=ranks or Ranks()
+    )
+    assert result is not None
+    return result
+
+
+def evaluate_unless(
+    stop: Callable[[], bool],
+    model: Model | Team,
+    images: Array,
+    labels: Array,
+    *,
+    classes: int,
+    mean: Any,
+    std: Any,
+    ranks: Ranks,
+) -> Evaluation | None:
+    """Do as ``evaluate``, or give up and return None once ``stop``, asked after each batch of a thread, says so.
+
+    ``stop`` must give the same answer on all ranks.
+    """
+    team = model if isinstance(model, Team) else Team([model])
     training = team.models[0].training
     team.spread_buffers()
     for member in team.models:
@@ -52,9 +75,18 @@ def evaluate(
         guesses = model.F.to_numpy(logits).argmax(axis=1)
         return loss, np.bincount(y * classes + guesses, minlength=classes * classes)
 
-    parts = team.map(evaluate_batch, range(ranks.rank * BATCH, len(images), ranks.size * BATCH))
+    parts: list[tuple[float, Array]] = []
+    together = max(ranks.gather(len(team.models))) * ranks.size * BATCH  # images that all threads of all ranks take
+    stopped = False
+    for first in range(0, len(images), together):
+        starts = range(first + ranks.rank * BATCH, min(first + together, len(images)), ranks.size * BATCH)
+        parts += team.map(evaluate_batch, starts)
+        if stopped := stop():
+            break
     for member in team.models:
         member.train_mode(training)
+    if stopped:
+        return None
     confusion = sum((counts for _, counts in parts), np.zeros(classes * classes, np.int64))
     ranks.sum(confusion)
     loss = math.fsum(value for losses in ranks.gather([loss for loss, _ in parts]) for value in losses)  # any order

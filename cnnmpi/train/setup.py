@@ -1,18 +1,21 @@
 """What a run needs before its first step: the data, the model, the optimizer, the course of the learning rate."""
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cnnmpi
 from cnnmpi import optim
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.data import DataError, Dataset, find_data, read_hdf5, statistics, synthetic
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.models import MODELS, Model
 from cnnmpi.train.config import Config
+from cnnmpi.train.state import version_of
 
 Say = Callable[[str], None]
 
@@ -54,6 +57,15 @@ def open_data(spec: str, ranks: Ranks, say: Say, data_dir: str = "data") -> Data
     sha256 = ranks.on_node(dataset.digest)
     ranks.agree("the content of the data", sha256)
     return Data(dataset, sha256, *ranks.on_node(lambda: statistics(dataset.train_images)))
+
+
+def program() -> str:
+    """Return what identifies the program that this rank runs: its sources and the versions of what computes."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(cnnmpi.__file__).parent.rglob("*.py")):
+        sources.update(path.read_bytes())
+    versions = [f"{name} {version_of(name)}" for name in ("cnnmpi", "numpy", "torch")]
+    return f"{', '.join(versions)}, sources {sources.hexdigest()}"
 
 
 def model_options(dataset: Dataset) -> dict[str, Any]:

@@ -52,14 +52,15 @@ def model_attributes(name: str, options: dict[str, Any], model: Model) -> dict[s
         "model": name,
         "model_options": json.dumps(options),
         "weights_sha256": checkpoint.weights_digest(model.state_dict()),
-        "cnnmpi_version": _version(),
+        "cnnmpi_version": version_of("cnnmpi"),
     }
 
 
-def _version() -> str:
+def version_of(package: str) -> str:
+    """Return the version of an installed package; "unknown" for one that is not there, or a checkout."""
     try:
-        return version("cnnmpi")
-    except PackageNotFoundError:  # a checkout that was not installed
+        return version(package)
+    except PackageNotFoundError:
         return "unknown"
 
 

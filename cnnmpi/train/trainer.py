@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,33 +12,45 @@ import numpy as np
 
 from cnnmpi import checkpoint, optim
 from cnnmpi.data import DataLoader
-from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
+from cnnmpi.distributed import ExactReducer, NotFiniteError, Ranks, Reducer, UserError
 from cnnmpi.models import Model
 from cnnmpi.train.config import Config, continued, resolve, to_plain, to_toml
-from cnnmpi.train.evaluation import Evaluation, evaluate
+from cnnmpi.train.evaluation import Evaluation, evaluate_unless
 from cnnmpi.train.folder import BEST, LAST, RunFolder, find_checkpoint
 from cnnmpi.train.report import Report
 from cnnmpi.train.setup import learning_rate, make_model, make_optimizer, model_options, open_data
+from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import Arrays, model_attributes, pack, unpack
 from cnnmpi.train.team import Team, fewest_workers
+from cnnmpi.train.watchdog import Watchdog
 
-AGAIN_S = 1.0  # a terminal and mpirun may both deliver one Ctrl-C: a second one comes later than this
+Array = np.ndarray[Any, np.dtype[Any]]
 STOPPED = 75  # exit code of a run that was asked to stop and saved (EX_TEMPFAIL of sysexits.h: try again later)
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+MOST_SKIPPED = 20  # steps in a row that --on-nan skip leaves out before it gives up
 
 
 class Trainer:
     """One run of ``config`` on ``ranks``: ``run()`` trains to the end and returns the exit code.
 
-    ``named`` holds the settings that the user gave, which must not contradict a resumed checkpoint. Raises UserError
-    for settings, data or checkpoints that cannot be used.
+    ``named`` holds the settings that the user gave, which must not contradict a resumed checkpoint; ``signals`` tell
+    when to save and stop; ``watchdog`` is told what this rank is doing. Raises UserError for settings, data or
+    checkpoints that cannot be used.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, named: set[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        named: set[str] | None = None,
+        signals: StopSignals | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
         def say(text: str) -> None:
             if ranks.rank == 0:
                 print(text, flush=True)
 
+        self.signals, self.watchdog = signals or StopSignals(), watchdog or Watchdog(ranks)
+        self.watchdog.note("preparing data and model", slow=True)
         saved = None
         if config.resume is not None:
             resume, default_out = config.resume, resolve(config).out or Path()
@@ -97,8 +108,8 @@ class Trainer:
         self.step = 0  # steps done since the beginning of the run
         self.best = -1.0  # test accuracy of best.h5
         self.epoch_counts = np.zeros(3)  # summed loss, correct, samples: since the beginning of the epoch
-        self.asked_to_stop, self.asked_at = False, math.inf  # whether and when this process got a signal
         self.stopping = False  # all ranks have agreed to stop
+        self.skipped = 0  # steps in a row that were left out
         if saved is not None:
             self._continue_from(*saved)
         weights = np.array(self.F.to_numpy(self.model.flat_params))
@@ -121,6 +132,7 @@ class Trainer:
 
     def train_step(self) -> float:
         """Do the next step and return its mean loss; equal bits on every rank, and (reduced exactly) for any number."""
+        self.watchdog.note(f"step {self.step}")
         F = self.F
         buffers = np.array(F.to_numpy(self.model.flat_buffers))  # every shard starts from the same running statistics
 
@@ -144,38 +156,66 @@ class Trainer:
             self.reducer.add(shard, F.to_numpy(model.flat_grads), statistics_sum, np.array([loss, correct, len(y), 0]))
 
         self.team.map(train_shard, self.shards)
-        if self.asked_to_stop:
+        if self.signals.asked:
             self.reducer.add(self.shards[0], None, None, np.array([0, 0, 0, 1]))
+        try:
+            loss = self._update(*self.reducer.reduce(self.step))  # over all shards of all ranks
+            self.skipped = 0
+        except NotFiniteError as error:  # a decision of all ranks: the same sums, or the same weights, on each
+            F.copy_into(self.model.flat_buffers, buffers)
+            loss = math.nan
+            self._skip(error)
+        self.step += 1
+        if self.config.agree_every and self.step % self.config.agree_every == 0:
+            self._agree()
+        return loss
 
-        gradient, statistics_sum, totals = self.reducer.reduce(self.step)  # over all shards of all ranks
+    def _update(self, gradient: Array, statistics_sum: Array, totals: Array) -> float:
+        """Move the weights by the summed ``gradient`` and return the mean loss; NotFiniteError leaves them alone."""
+        F, optimizer = self.F, self.optimizer
         loss_sum, _, samples, stops = totals
         # from here on one model: the others share its parameters; the optimizer knows views into its flat gradient
         F.copy_into(self.model.flat_grads, gradient / samples)
         F.copy_into(self.model.flat_buffers, statistics_sum / samples)
         if self.config.clip:
-            optim.clip_grad_norm(self.optimizer.parameters, self.config.clip)
-        self.optimizer.lr = learning_rate(self.config, self.step, self.total_steps)
-        self.optimizer.step()
+            optim.clip_grad_norm(optimizer.parameters, self.config.clip)
+        optimizer.lr = learning_rate(self.config, self.step, self.total_steps)
+        before = [self.model.flat_params] + [state for states in optimizer.state.values() for state in states]
+        copies = [1 * array for array in before]  # of either engine
+        optimizer.step()
         if not np.isfinite(F.to_numpy(self.model.flat_params)).all():  # equal weights: all ranks find the same
-            raise UserError(f"step {self.step}: the update made weights that are not finite; try a smaller --lr")
-
-        self.step += 1
+            for array, copy in zip(before, copies, strict=True):
+                array[...] = copy
+            raise NotFiniteError(f"step {self.step}: the update made weights that are not finite")
         self.epoch_counts += totals[:3]
         self.stopping = stops > 0  # a decision of all ranks, at the same step: any of them was asked to stop
         return float(loss_sum / samples)
+
+    def _skip(self, error: NotFiniteError) -> None:
+        """Leave a step out, or end the run, as --on-nan says."""
+        if self.config.on_nan == "stop":
+            advice = "a smaller --lr may help, and --on-nan skip leaves such steps out"
+            raise UserError(f"{error}; the weights were left as they were before this step; {advice}") from None
+        self.skipped += 1
+        if self.skipped == MOST_SKIPPED:
+            raise UserError(f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help")
+        self.report.line(f"warning: {error}; the step was skipped")
+        self.optimizer.steps = self.step + 1
+        self.stopping = self.ranks.any(self.signals.asked)
+
+    def _agree(self) -> None:
+        """Raise DisagreementError unless all ranks hold the same weights, statistics and optimizer state."""
+        self.ranks.agree_on_arrays(f"step {self.step}", pack(self.model, self.optimizer))
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Train to the end, or until a signal asks to stop; return 0, or STOPPED. Leaves checkpoints in ``out``."""
-        previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
         try:
             return self._run()
         finally:
             self.report.close()
             self.folder.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _run(self) -> int:
         self._announce()
@@ -186,6 +226,8 @@ class Trainer:
             at_end = self.step == self.last_step
             if self.epoch_counts[2] and (index == 0 or at_end):
                 test = self._end_epoch(time.perf_counter() - started, done_before)
+                if test is None:
+                    return self._stop()
             if at_end:
                 break
             if index == 0:
@@ -194,22 +236,22 @@ class Trainer:
             test = None
             self.report.step(epoch + 1, index + 1, self.steps_per_epoch, loss)
             if self.stopping and self.step < self.last_step:
-                self._save(LAST)
-                self.report.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}")
-                self.report.line(f"to go on: python -m cnnmpi.train --resume --out {self.out}")
-                return STOPPED
+                return self._stop()
             if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
                 self._save(LAST)
         test = test or self._evaluate()
+        if test is None:
+            return self._stop()
         digest = checkpoint.weights_digest(self.model.state_dict())
         self.report.line(f"done: test_acc={test.accuracy:.4f} weights_sha256={digest}")
         return 0
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and now - self.asked_at > AGAIN_S:
-            raise KeyboardInterrupt  # asked twice: at once
-        self.asked_to_stop, self.asked_at = True, min(now, self.asked_at)
+    def _stop(self) -> int:
+        """Save, and say how to go on."""
+        self._save(LAST)
+        self.report.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}")
+        self.report.line(f"to go on: python -m cnnmpi.train --resume --out {self.out}")
+        return STOPPED
 
     def _announce(self) -> None:
         ranks, threads = self.ranks, self.threads
@@ -224,16 +266,24 @@ class Trainer:
                 "same, but as many ranks as cores would be faster"
             )
 
-    def _evaluate(self) -> Evaluation:
-        images, labels, data = self.dataset.test_images, self.dataset.test_labels, self.data
-        classes = len(self.dataset.classes)
-        return evaluate(self.team, images, labels, classes=classes, mean=data.mean, std=data.std, ranks=self.ranks)
+    def _evaluate(self) -> Evaluation | None:
+        """Return the test set's evaluation; None if a signal came meanwhile."""
 
-    def _end_epoch(self, seconds: float, done_before: float) -> Evaluation:
-        """Evaluate, save and report after the last step of an epoch, or of the run."""
+        def asked_to_stop() -> bool:
+            self.watchdog.note(f"the evaluation after step {self.step}")
+            return self.ranks.any(self.signals.asked)
+
+        images, labels, data = self.dataset.test_images, self.dataset.test_labels, self.data
+        options: dict[str, Any] = {"classes": len(self.dataset.classes), "mean": data.mean, "std": data.std}
+        return evaluate_unless(asked_to_stop, self.team, images, labels, **options, ranks=self.ranks)
+
+    def _end_epoch(self, seconds: float, done_before: float) -> Evaluation | None:
+        """Evaluate, save and report after the last step of an epoch, or of the run; None if a signal came meanwhile."""
         loss_sum, correct, samples = self.epoch_counts.tolist()
         complete = self.step % self.steps_per_epoch == 0
         test = self._evaluate()
+        if test is None:
+            return None
         if test.accuracy > self.best:
             # a run that --max-steps ends inside an epoch may go on: what best.h5 is then must not depend on that
             if complete or self.step == self.total_steps:
@@ -262,7 +312,9 @@ class Trainer:
     # -- on disk -----------------------------------------------------------------------------------------------------
 
     def _save(self, name: str) -> None:
-        """Write the checkpoint ``name``."""
+        """Write the checkpoint ``name``, if all ranks agree on what to write."""
+        self._agree()
+        self.watchdog.note(f"saving {name}", slow=True)
 
         def content() -> tuple[Arrays, dict[str, Any]]:
             attributes = model_attributes(self.config.model, self.options, self.model) | {

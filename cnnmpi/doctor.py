@@ -1,0 +1,245 @@
+"""Check what breaks jobs, before one does: each line is ok, or says what to do.
+
+python -m cnnmpi.doctor                      # this machine, and whether mpirun works
+mpirun -n 4 python -m cnnmpi.doctor          # the ranks as they will run
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import threadpoolctl
+import tyro
+
+from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
+from cnnmpi.data import DataError, find_data, read_hdf5
+from cnnmpi.distributed import LAUNCHER_SIZES, Ranks, UserError, failing_together, start
+from cnnmpi.models import MODELS
+
+MIB = 1 << 20
+CHECKPOINTS = 4  # last, previous, best, and the one being written
+SLOW_SYNC_S = 1.0
+RANK_MIB = 600  # Python, NumPy and a SmallResNet step, generously
+ALONE = "from mpi4py import MPI; c = MPI.COMM_WORLD; print('size', c.Get_size())"
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check MPI, cores, BLAS, PyTorch, the output folder and the data."""
+
+    out: Path = Path("runs")
+    """Folder in which runs will be kept."""
+    data: str = "auto"
+    """The data that will be named to cnnmpi.train; nothing is downloaded."""
+    mpirun: str = "mpirun"
+    """The launcher."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found; ``remedy`` where something is wrong."""
+
+    text: str
+    remedy: str = ""
+
+
+def check_mpirun(mpirun: str) -> Finding:
+    """Start two processes, which must find each other."""
+    if shutil.which(mpirun) is None:
+        return Finding(f"{mpirun}: no such command", "pip install 'cnnmpi[mpich]' brings one; single processes work")
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_SIZES}
+    allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [mpirun, "-n", "2", sys.executable, "-c", ALONE]
+    try:
+        result = subprocess.run(command, env=environment | allow, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return Finding("two ranks did not start within 60 s", "check that this host can reach itself by its own name")
+    sizes = result.stdout.split("size")[1:]
+    if result.returncode or not sizes:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        return Finding(f"{mpirun} -n 2 failed: {reason}", "pip install mpi4py, and an MPI: 'cnnmpi[mpich]'")
+    if any(size.strip() != "2" for size in sizes):
+        return Finding("each of two processes is alone", "use the mpirun of the MPI that mpi4py was built for")
+    return Finding(f"{shutil.which(mpirun)} and mpi4py work together")
+
+
+def check_ranks(ranks: Ranks) -> Finding:
+    """Compare ranks with cores, on the most crowded host."""
+    crowded, cores = max(ranks.gather((ranks.local_size, ranks.cores_on_node)), key=lambda pair: pair[0] / pair[1])
+    text = f"{ranks.size} ranks; at most {crowded} on {cores} cores of a host"
+    if crowded > cores:
+        return Finding(text, "the result is the same, but as many ranks as cores are faster")
+    return Finding(text)
+
+
+def check_quota() -> Finding:
+    """Compare the cores of this process with what its control group grants."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        granted = int(quota) / int(period)
+        if granted < cores:
+            return Finding(f"{cores} cores are seen, {granted:g} are granted", f"start {max(1, int(granted))} ranks")
+    return Finding(f"{cores} cores, {psutil.virtual_memory().available // MIB} MiB of memory free")
+
+
+def check_threads(ranks: Ranks) -> Finding:
+    """Ask whether a thread of ours may send messages; the watchdog needs that."""
+    if ranks.comm is None:
+        return Finding("one process: no rank to watch")
+    if ranks.mpi.Query_thread() < ranks.mpi.THREAD_MULTIPLE:
+        return Finding("this MPI admits one thread", "hangs go unnoticed: use an MPI with MPI_THREAD_MULTIPLE")
+    return Finding("this MPI lets the watchdog send its messages")
+
+
+def check_blas(ranks: Ranks) -> Finding:
+    """Name the matrix product's kernels, on all hosts."""
+    mine = [f"{lib['internal_api']} {lib.get('architecture', '')}".strip() for lib in threadpoolctl.threadpool_info()]
+    kernels = Counter(ranks.gather(", ".join(sorted(set(mine))) or "unknown"))
+    text = "; ".join(kernels)
+    forced = os.environ.get("OPENBLAS_CORETYPE")
+    if len(kernels) > 1:
+        return Finding(
+            f"hosts differ: {text}", "the last bits then depend on who computes what: set OPENBLAS_CORETYPE alike"
+        )
+    if forced:
+        return Finding(
+            f"{text}, forced by OPENBLAS_CORETYPE={forced}", "unset it for the fastest kernels, on all hosts"
+        )
+    return Finding(text)
+
+
+def check_torch() -> Finding:
+    """Tell what PyTorch could do; in a process of its own, as its import is slow and may crash."""
+    code = "import torch; print(torch.__version__, torch.cuda.device_count())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if result.returncode:
+        return Finding("PyTorch is not installed: --backend torch is not available, all else is")
+    version, gpus = result.stdout.split()
+    return Finding(f"PyTorch {version}, {gpus} GPU{'s' * (gpus != '1')}")
+
+
+def check_folder(out: Path) -> Finding:
+    """Write, sync, rename and lock in ``out``."""
+    probe = out / f".doctor.{uuid.uuid4().hex}"
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        begun = time.perf_counter()
+        try:
+            write_and_sync(probe, b"x" * MIB)
+            probe = probe.replace(probe.with_suffix(".renamed"))
+            sync_directory(out)
+            seconds = time.perf_counter() - begun
+            with probe.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    return Finding(f"{out} knows no file locks", "nothing keeps two jobs from one --out: take care")
+        finally:
+            probe.unlink(missing_ok=True)
+            if made:
+                out.rmdir()
+    except OSError as error:
+        return Finding(f"{out} cannot be written: {error.strerror}", "name another folder with --out")
+    if seconds > SLOW_SYNC_S:
+        return Finding(f"{out}: syncing 1 MiB took {seconds:.1f} s", "save less often, or on a faster disk")
+    return Finding(f"{out}: writes, syncs ({1000 * seconds:.0f} ms a MiB), renames and locks")
+
+
+def check_space(out: Path) -> Finding:
+    """Compare free space with the checkpoints of the largest reference model."""
+    there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    numbers = max(sum(param.size for param, _ in make().parameters()) for make in MODELS.values())
+    needed, free = CHECKPOINTS * 3 * 4 * numbers, shutil.disk_usage(there).free  # weights and Adam's two slots
+    text = f"{free // MIB} MiB free for checkpoints, which take up to {needed // MIB + 1} MiB"
+    return Finding(text, "" if free > needed else "make room, or name another folder with --out")
+
+
+def check_data(spec: str) -> Finding:
+    """Read all of the data file and name its digest."""
+    try:
+        path = find_data("data/cifar10.h5" if spec in ("auto", "cifar10") else spec)
+        if path is None:
+            return Finding("synthetic images need no file")
+        dataset = read_hdf5(path)
+    except DataError as error:
+        return Finding(str(error), "or let cnnmpi.train download CIFAR-10, with --data cifar10")
+    size, digest = dataset.train_images.nbytes + dataset.test_images.nbytes, dataset.digest()
+    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else size
+    text = f"{path}: {dataset.source}, {size // MIB} MiB, sha256 {digest}"
+    if shm < size:
+        return Finding(text, f"/dev/shm has {shm // MIB} MiB: enlarge it, ranks share the data there")
+    return Finding(text)
+
+
+def check_memory(ranks: Ranks) -> Finding:
+    """Compare the free memory of each host with what its ranks take."""
+    free, count = min(
+        ranks.gather((psutil.virtual_memory().available // MIB, ranks.local_size)), key=lambda pair: pair[0] / pair[1]
+    )
+    text = f"{free} MiB of memory free for {count} rank{'s' * (count > 1)} of a host"
+    return Finding(text, "" if free > RANK_MIB * count else f"a rank takes up to {RANK_MIB} MiB: start fewer")
+
+
+def checks(config: Doctor, ranks: Ranks) -> Iterator[tuple[str, Finding]]:
+    """Yield (subject, finding); all ranks take part, rank 0 does what one alone can do."""
+
+    def alone(check: Callable[..., Finding], *arguments: object) -> Finding:
+        return ranks.on_rank0(lambda: check(*arguments))
+
+    yield "ranks", check_ranks(ranks)
+    yield "cores", alone(check_quota)
+    yield "memory", check_memory(ranks)
+    yield "watchdog", check_threads(ranks)
+    yield "BLAS", check_blas(ranks)
+    yield "folder", alone(check_folder, config.out)
+    yield "space", alone(check_space, config.out)
+    yield "data", alone(check_data, config.data)
+
+
+def show(subject: str, finding: Finding) -> int:
+    """Print a line, two where there is a remedy. Returns 1 for those, else 0."""
+    mark, remedy = ("FAIL", f"\n{'':<15}-> {finding.remedy}") if finding.remedy else ("ok  ", "")
+    print(f"{mark} {subject:<9} {finding.text}{remedy}", flush=True)
+    return int(bool(finding.remedy))
+
+
+def parse(argv: Sequence[str] | None) -> Doctor:
+    """Return the settings of a command line. Ends in SystemExit(2), explained, for a bad one."""
+    return tyro.cli(Doctor, args=argv, prog="cnnmpi.doctor", description=__doc__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a line for each check. Returns 0 if all are well, 1 if something needs a remedy, 2 for bad arguments."""
+    wrong, config = 0, None
+    if not any(name in os.environ for name in LAUNCHER_SIZES):  # not under mpirun; no subprocess once MPI has begun
+        config = parse(argv)
+        wrong += show("mpirun", check_mpirun(config.mpirun)) + show("torch", check_torch())
+    try:
+        ranks = start()
+    except UserError as error:
+        return show("MPI", Finding("the processes do not find each other", str(error)))
+    with failing_together(ranks):
+        config = config or ranks.on_rank0(lambda: parse(argv))
+        np.dot(np.ones((2, 2)), np.ones((2, 2)))  # BLAS is loaded for certain
+        for subject, finding in checks(config, ranks):
+            if ranks.rank == 0:
+                wrong += show(subject, finding)
+        return ranks.on_rank0(lambda: int(wrong > 0))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Starting the program as people do: command lines, mpirun, the processes of its ranks."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip install 'cnnmpi[mpich]'")
+
+
+def command(ranks: int, data: Path, out: Path, *extra: str) -> list[str]:
+    start = [MPIRUN, "-n", str(ranks)] if ranks > 1 else []
+    module = [sys.executable, "-m", "cnnmpi.train"]
+    options = ["--data", str(data), "--out", str(out), "--batch-size", "40", "--epochs", "3", "--threads", "1"]
+    return [*start, *module, *options, *extra]
+
+
+def run(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def digest(output: str) -> str:
+    return re.search(r"^done: test_acc=0\.\d{4} weights_sha256=([0-9a-f]{64})$", output, re.MULTILINE)[1]
+
+
+def start_and_wait(args: list[str], out: Path) -> subprocess.Popen[str]:
+    """Start a job and wait for its first checkpoint."""
+    job = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (out / "last.h5").exists():
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.02)
+    return job
+
+
+def rank_pids(out: Path) -> list[int]:
+    """The processes that train into ``out``, but for mpirun and its helpers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0] == sys.executable.encode() and str(out).encode() in words:
+            found.append(int(folder.name))
+    return sorted(found)
+
+
+def all_gone(out: Path) -> bool:
+    """Whether no rank that trains into ``out`` is left, five seconds after mpirun's end at the latest."""
+    deadline = time.monotonic() + 5
+    while (left := rank_pids(out)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not left

@@ -1,0 +1,103 @@
+"""The supervisor: restarts after a lost rank, hosts that do not answer, and when it gives up."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cnnmpi.distributed import UserError
+from cnnmpi.elastic import Elastic, answering, launcher, main, read_hosts, supervise
+from tests.jobs import MPIRUN, all_gone, command, digest, needs_mpirun, rank_pids
+
+pytestmark = pytest.mark.mpi_skip
+
+
+def job(data: Path, out: Path, *extra: str) -> list[str]:
+    training = command(1, data, out, "--checkpoint-every", "1", "--epochs", "3")[3:]
+    return [sys.executable, "-m", "cnnmpi.elastic", "--mpirun", MPIRUN, "--pause", "0", *extra, "--", *training]
+
+
+@pytest.mark.fault
+@needs_mpirun
+def test_lost_ranks_are_replaced_and_the_result_is_the_undisturbed_one(data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    process = subprocess.Popen(job(data, out, "--ranks", "3"), stdout=subprocess.PIPE, text=True)
+    killed: set[int] = {process.pid}
+    for _ in range(2):
+        deadline = time.monotonic() + 60
+        while len(pids := [pid for pid in rank_pids(out) if pid not in killed]) < 3 or not (out / "last.h5").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        os.kill(pids[1], signal.SIGKILL)
+        killed.update(pids)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and digest(output) == undisturbed
+    assert "restart 2 of 10" in output and "done; 2 restarts" in output
+
+
+@needs_mpirun
+def test_a_signal_is_passed_on_and_ends_the_supervision(data, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(job(data, out, "--ranks", "2"), stdout=subprocess.PIPE, text=True)
+    while not (out / "last.h5").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "0 restarts" in output and all_gone(out)
+
+
+@needs_mpirun
+def test_what_a_restart_cannot_mend_is_not_restarted(tmp_path, capfd):
+    arguments = ["--mpirun", MPIRUN, "--ranks", "2", "--", "--data", "nowhere.h5", "--out", str(tmp_path / "run")]
+    assert main(arguments) == 2
+    output = capfd.readouterr()
+    assert "refused; 0 restarts" in output.out and output.err.count("nowhere.h5: no such file") == 1
+
+
+def test_it_gives_up_after_max_restarts(tmp_path):
+    count = tmp_path / "count"
+    launcher = tmp_path / "mpirun"
+    launcher.write_text(f"#!/bin/sh\necho x >> {count}\nexit 9\n")
+    launcher.chmod(0o755)
+    with pytest.raises(UserError, match="--max-restarts 3 is reached"):
+        supervise(Elastic(ranks=2, max_restarts=3, mpirun=str(launcher), pause=0), [])
+    assert count.read_text().count("x") == 4
+
+
+def test_hosts_are_read_in_both_forms_and_those_that_do_not_answer_are_left_out(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# two\nnode1:4  # four\nnode2 slots=2\nnode3\n")
+    hosts = read_hosts(path)
+    assert hosts == {"node1": 4, "node2": 2, "node3": 1}
+    probe = shlex.join([sys.executable, "-c", "import sys; sys.exit(sys.argv[1] == 'node2')", "{host}"])
+    assert answering(hosts, probe) == {"node1": 4, "node3": 1}
+    with pytest.raises(UserError, match="only 5 ranks can be started, --min-ranks is 6"):
+        supervise(Elastic(hosts=path, probe=probe, min_ranks=6, mpirun=sys.executable), [])
+    path.write_text("node1 4\n")
+    with pytest.raises(UserError, match="line 1: expected"):
+        read_hosts(path)
+    path.write_text("# none\n")
+    with pytest.raises(UserError, match="names no host"):
+        read_hosts(path)
+
+
+@pytest.mark.parametrize(
+    "says, option, line", [("mpirun (Open MPI) 5.0", "--hostfile", "a slots=2"), ("HYDRA", "-f", "a:2")]
+)
+def test_the_host_list_is_written_as_the_launcher_reads_it(says, option, line, tmp_path):
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(f"#!/bin/sh\necho '{says}'\n")
+    mpirun.chmod(0o755)
+    args = launcher(Elastic(mpirun=f"{mpirun} --quiet"), 2, {"a": 2}, tmp_path)
+    assert args == [str(mpirun), "--quiet", "-n", "2", option, str(tmp_path / "hosts")]
+    assert (tmp_path / "hosts").read_text() == f"{line}\n"
+
+
+def test_resume_is_its_own_to_give(capsys):
+    assert main(["--", "--resume", "x"]) == 2
+    assert "leave --resume out" in capsys.readouterr().err

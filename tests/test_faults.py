@@ -1,0 +1,285 @@
+"""What happens to real jobs, and what must come of it: the same weights, or a clear end within seconds.
+
+Jobs run as people start them, each with a hard time limit. The faults that need no job - damaged files, failing writes,
+hostile archives - are beside the modules that meet them, with the marker ``fault`` as here.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnmpi import checkpoint
+from cnnmpi.chaos import main as chaos
+from cnnmpi.distributed import DisagreementError
+from tests.jobs import MPIRUN, all_gone, command, digest, needs_mpirun, rank_pids, run, start_and_wait
+
+pytestmark = [pytest.mark.fault, needs_mpirun]
+elsewhere = pytest.mark.mpi_skip  # mpirun does not start inside mpirun
+
+STRIKING = """
+import os, signal, sys, time
+import numpy as np
+from cnnmpi.train import trainer
+from cnnmpi.train.__main__ import main
+class Struck(trainer.Trainer):
+    def train_step(self):
+        self.place = "step"
+        {step}
+        return super().train_step()
+    def _evaluate(self):
+        {evaluation}
+        return super()._evaluate()
+    def _save(self, name):
+        {save}
+        super()._save(name)
+sys.exit(main(sys.argv[1:], Struck))
+"""
+
+
+def struck(ranks: int, data: Path, out: Path, *extra: str, step="pass", evaluation="pass", save="pass") -> list[str]:
+    """The command line of a job whose trainer first executes these statements."""
+    args = command(ranks, data, out, *extra)
+    at = args.index("-m")
+    args[at : at + 2] = ["-c", STRIKING.format(step=step, evaluation=evaluation, save=save)]
+    return args
+
+
+# -- a rank that stops -------------------------------------------------------------------------------------------------
+
+
+@elsewhere
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_stopped_rank_is_named_and_the_job_ends_with_all_stacks(victim, data, tmp_path):
+    out = tmp_path / "run"
+    stop = f"if self.step == 5 and self.ranks.rank == {victim}: os.kill(os.getpid(), signal.SIGSTOP)"
+    begun = time.monotonic()
+    result = run(*struck(3, data, out, "--hang-warning", "2", "--hang-limit", "5", step=stop), timeout=60)
+    assert result.returncode != 0 and time.monotonic() - begun < 30
+    warning = re.search(rf"warning: rank {victim} of 3 on \S+ gives no sign of life for (\d+) s; last", result.stderr)
+    assert warning and int(warning[1]) <= 3
+    stacks = result.stderr.partition("nothing goes on for 5 s")[2]
+    assert [stacks.count(f"--- rank {rank} of 3") for rank in range(3)] == [1, 1, 1] and "trainer.py" in stacks
+    assert all_gone(out)
+
+
+@elsewhere
+def test_a_rank_that_is_alive_but_late_is_named_with_its_layer(data, tmp_path, undisturbed):
+    late = """
+        if self.step == 5 and self.ranks.rank == 1:
+            usual = self.model.classifier.forward
+            def forward(x, self=self.model.classifier):
+                for _ in range(40): time.sleep(0.1)
+                self.forward = usual
+                return usual(x)
+            self.model.classifier.forward = forward"""
+    result = run(*struck(2, data, tmp_path / "run", "--hang-warning", "1", step=late), timeout=60)
+    assert re.search(
+        r"warning: rank 1 of 2 on \S+ is not where the others wait for it .* step 5, classifier Linear", result.stderr
+    )
+    assert result.stderr.count("warning") == 1 and "goes on" in result.stderr
+    assert digest(result.stdout) == undisturbed
+
+
+@elsewhere
+def test_a_rank_that_goes_on_in_time_changes_nothing(data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    stop = "if self.step == 5 and self.ranks.rank == 1: os.kill(os.getpid(), signal.SIGSTOP)"
+    args = struck(2, data, out, "--hang-warning", "1", "--hang-limit", "30", step=stop)
+    job = start_and_wait(args, out)
+    time.sleep(4)
+    for pid in rank_pids(out):
+        os.kill(pid, signal.SIGCONT)
+    output, errors = job.communicate(timeout=60)
+    assert digest(output) == undisturbed
+    assert "gives no sign of life" in errors and "goes on" in errors
+
+
+@elsewhere
+def test_a_slow_save_raises_no_alarm(data, tmp_path, undisturbed):
+    slow = """
+        if self.step == 10 and self.ranks.rank == 0:
+            from cnnmpi import checkpoint
+            write = checkpoint.save
+            def slow(*args, **options):
+                checkpoint.save = write
+                time.sleep(4)
+                write(*args, **options)
+            checkpoint.save = slow"""
+    result = run(*struck(2, data, tmp_path / "run", "--hang-warning", "1", save=slow), timeout=60)
+    assert digest(result.stdout) == undisturbed and "warning" not in result.stderr
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+@elsewhere
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("when", ["before step 0", "in a step", "in the evaluation", "in a save", "twice"])
+def test_a_signal_at_any_time_stops_all_ranks_with_one_checkpoint(number, when, data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    send = f"os.kill(os.getpid(), {int(number)})"
+    places = {
+        "before step 0": {"step": f"if self.step == 0 and self.ranks.rank == 1: {send}"},
+        "in a step": {"step": f"if self.step == 5 and self.ranks.rank == 1: {send}"},
+        "in the evaluation": {"evaluation": f"if self.ranks.rank == 1: {send}"},
+        "in a save": {"save": f"if self.step == 10 and self.ranks.rank == 0: {send}"},
+        "twice": {"step": f"if self.step in (5, 6): {send}"},
+    }
+    result = run(*struck(3, data, out, **places[when]), timeout=60)
+    assert result.returncode == 75, result.stderr
+    assert result.stdout.count("stopped at step") == 1 and "Traceback" not in result.stderr
+    step = checkpoint.load(out / "last.h5")[1]["step"]
+    assert step == {"before step 0": 1, "in a step": 6, "in the evaluation": 10, "in a save": 11, "twice": 6}[when]
+    assert digest(run(*command(2, data, out, "--resume")).stdout) == undisturbed
+
+
+@elsewhere
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_mpirun_stops_all_ranks(number, data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    job = start_and_wait(struck(2, data, out, step="time.sleep(0.1)"), out)
+    job.send_signal(number)
+    begun = time.monotonic()
+    job.communicate(timeout=30)
+    assert time.monotonic() - begun < 5 and job.returncode != 0
+    assert all_gone(out)
+    assert digest(run(*command(3, data, out, "--resume")).stdout) == undisturbed
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+@elsewhere
+def test_a_vanished_folder_ends_all_ranks_with_one_clear_line(data, tmp_path):
+    out = tmp_path / "run"
+    vanish = f"if self.step == 5 and self.ranks.rank == 0: import shutil; shutil.rmtree({str(out)!r})"
+    result = run(*struck(3, data, out, step=vanish), timeout=60)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.count("cannot be written") == 1 and str(out) in result.stderr
+
+
+@elsewhere
+def test_a_full_disk_is_found_at_the_start(data, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system here")
+    try:
+        result = run(*command(2, data, small / "run"), timeout=60)
+        assert result.returncode == 2 and "No space left" in result.stderr and "Traceback" not in result.stderr
+        assert not list((small / "run").glob("*.h5")) and not list((small / "run").glob(".*.tmp"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+@elsewhere
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_failing_save_is_told_to_all_ranks_and_leaves_the_old_checkpoint(step, data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    fail = f"""
+        if self.step == {step} and self.ranks.rank == 0:
+            import errno
+            from cnnmpi.checkpoint import atomic
+            def full(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            atomic.os.fsync = full"""
+    result = run(*struck(2, data, out, "--checkpoint-every", "3", save=fail), timeout=60)
+    assert result.returncode == 2 and result.stderr.count("No space left on device") == 1
+    assert checkpoint.load(out / "last.h5")[1]["step"] in (step - 1, step - 2)
+    assert digest(run(*command(3, data, out, "--resume")).stdout) == undisturbed
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+POISON = """
+        if self.step == 7 and self.ranks.rank == self.ranks.size - 1:
+            original = self.loader.batch
+            def batch(step, shard):
+                x, y = original(step, shard)
+                if step == 7 and shard == 7: x[0, 0, 0, 0] = {value}
+                return x, y
+            self.loader.batch = batch"""
+
+
+@elsewhere
+@pytest.mark.parametrize("value", ["np.nan", "np.inf"])
+def test_a_number_that_is_not_finite_stops_all_ranks(value, data, tmp_path):
+    out = tmp_path / "run"
+    result = run(*struck(3, data, out, "--checkpoint-every", "1", step=POISON.format(value=value)), timeout=60)
+    assert result.returncode == 2 and "step 7, shard 7: the gradient of features.0.weight" in result.stderr
+    arrays, attributes = checkpoint.load(out / "last.h5")
+    assert attributes["step"] == 7 and all(np.isfinite(array).all() for array in arrays.values())
+
+
+@elsewhere
+def test_a_skipped_step_is_skipped_on_any_number_of_ranks(data, tmp_path, undisturbed):
+    poison, skip = POISON.format(value="np.nan"), ("--on-nan", "skip")
+    results = [run(*struck(ranks, data, tmp_path / str(ranks), *skip, step=poison), timeout=60) for ranks in (1, 2, 3)]
+    digests = {digest(result.stdout) for result in results}
+    assert len(digests) == 1 and undisturbed not in digests
+    assert all(result.stdout.count("step 7, shard 7: ") == 1 for result in results)
+
+
+@elsewhere
+@pytest.mark.parametrize("every, step", [("4", 8), ("0", 10)])
+def test_one_bit_on_one_rank_is_noticed_at_the_next_check_or_checkpoint(every, step, data, tmp_path):
+    flip = """
+        if self.step == 6 and self.ranks.rank == 2:
+            w = self.model.classifier.params["bias"]
+            w[3] = np.nextafter(w[3], np.float32(9))"""
+    result = run(*struck(3, data, tmp_path / "run", "--agree-every", every, step=flip), timeout=60)
+    assert result.returncode == 1 and result.stderr.count("rank 2 (") == 1
+    assert f"step {step}: " in result.stderr and "in model/classifier.bias" in result.stderr
+
+
+@pytest.mark.mpi(min_size=3)
+def test_agree_on_arrays_names_the_minority_and_the_first_array(ranks):
+    arrays = {"a": np.zeros(3, np.float32), "b": np.zeros((2, 2), np.float32)}
+    ranks.agree_on_arrays("step 1", arrays)
+    if ranks.rank == 0:
+        arrays["b"][1, 1] = 1e-45
+    with pytest.raises(DisagreementError, match=r"^step 2: .*: rank 0 \(\S+\) in b from the others"):
+        ranks.agree_on_arrays("step 2", arrays)
+
+
+# -- ranks that are not alike ------------------------------------------------------------------------------------------
+
+
+@elsewhere
+def test_ranks_with_different_command_lines_are_refused(data, tmp_path):
+    one = command(1, data, tmp_path / "run")
+    args = [MPIRUN, "-n", "1", *one, "--lr", "0.1", ":", "-n", "1", *one, "--lr", "0.2"]
+    result = run(*args, timeout=60)
+    assert result.returncode != 0 and "differ in their command lines: rank 1" in result.stderr
+    assert not (tmp_path / "run").exists() and "Traceback" not in result.stderr
+
+
+@elsewhere
+def test_ranks_with_different_programs_are_refused(data, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(Path(checkpoint.__file__).parents[1], copy / "cnnmpi", ignore=shutil.ignore_patterns("__pycache__"))
+    with (copy / "cnnmpi" / "optim.py").open("a") as file:
+        file.write("# changed\n")
+    one = command(1, data, tmp_path / "run")
+    source = f"import sys; sys.path.insert(0, {str(copy)!r}); from cnnmpi.train.__main__ import main; sys.exit(main())"
+    other = [sys.executable, "-c", source, *one[one.index("cnnmpi.train") + 1 :]]
+    result = run(MPIRUN, "-n", "1", *one, ":", "-n", "1", *other, timeout=60)
+    assert result.returncode != 0 and "differ in the programs that they run: rank 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# -- everything at once ------------------------------------------------------------------------------------------------
+
+
+@elsewhere
+def test_chaos_with_a_small_budget(capsys):
+    assert chaos(["--faults", "6", "--ranks", "3", "--seed", "1", "--mpirun", MPIRUN]) == 0
+    assert re.search(r"6 faults in \d+ runs, .* \d+ of \d+ runs ended", capsys.readouterr().out)
