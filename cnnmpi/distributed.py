@@ -380,19 +380,21 @@ class ExactReducer(Reducer):
         self.limit = 2.0**62 / self.ONE / shards
 
     def _accumulate(self, array: Array, total: Array) -> bool:
-        scaled_chunk, whole_chunk = np.empty(self.CHUNK), np.empty(self.CHUNK, np.int64)
+        array = array.astype(np.result_type(array, np.float32), copy=False)  # counts may be integers
+        scaled_chunk, whole_chunk = np.empty(self.CHUNK, array.dtype), np.empty(self.CHUNK, np.int64)
         for start in range(0, array.size, self.CHUNK):
             part = array[start : start + self.CHUNK]
-            scaled, whole = scaled_chunk[: part.size], whole_chunk[: part.size]
-            np.multiply(part, self.ONE, out=scaled, dtype=np.float64)
-            np.rint(scaled, out=scaled)
-            largest = max(scaled.max(), -scaled.min())
-            if not largest <= self.limit * self.ONE:  # also where it is NaN
+            if not max(part.max(), -part.min()) <= self.limit:  # also where one is NaN
                 return False
+            scaled, whole = scaled_chunk[: part.size], whole_chunk[: part.size]
+            np.multiply(part, part.dtype.type(self.ONE), out=scaled)  # by a power of two, so nothing is rounded
+            np.rint(scaled, out=scaled)
             np.copyto(whole, scaled, casting="unsafe")
             with self._lock:
                 total[start : start + self.CHUNK] += whole
         return True
 
     def _decode(self, total: Array) -> Array:
-        return total / self.ONE
+        values = total.astype(np.float64)
+        values *= 1 / self.ONE
+        return values
