@@ -105,9 +105,11 @@ def check_threads(ranks: Ranks) -> Finding:
 
 def check_blas(ranks: Ranks) -> Finding:
     """Name the matrix product's kernels, on all hosts."""
-    mine = [f"{lib['internal_api']} {lib.get('architecture', '')}".strip() for lib in threadpoolctl.threadpool_info()]
-    kernels = Counter(ranks.gather(", ".join(sorted(set(mine))) or "unknown"))
-    text = "; ".join(kernels)
+    libraries = [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"]
+    mine = {f"{lib['internal_api']} {lib.get('architecture', '')}".strip() for lib in libraries}
+    kernels = Counter(ranks.gather(", ".join(sorted(mine)) or "unknown"))
+    threads = max((lib["num_threads"] for lib in libraries), default=1)
+    text = f"{'; '.join(kernels)}; {threads} threads of its own, 1 in cnnmpi"
     forced = os.environ.get("OPENBLAS_CORETYPE")
     if len(kernels) > 1:
         return Finding(

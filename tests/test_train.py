@@ -432,3 +432,61 @@ def test_all_threads_of_a_team_evaluate_with_the_same_running_statistics(tmp_pat
 def test_a_cutout_larger_than_the_images_is_refused_by_its_flag(tmp_path, data):
     with pytest.raises(UserError, match="--cutout 17 does not fit into images of 16x16"):
         Trainer(Config(**{**SMALL, "data": data, "out": tmp_path / "r", "cutout": 17}), Ranks())
+
+
+# -- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_skipped_step_changes_nothing_but_the_count_and_resumes_to_the_bit(
+    ranks, shared_tmp, tmp_path, data, optimizer
+):
+    """Step 3 is spoilt in shard 2: on one rank, on all, and with a resume right after it."""
+    options = {"data": data, "optimizer": optimizer, "on_nan": "skip", "model": "smallresnet"}
+
+    def spoil(trainer):
+        original = trainer.loader.batch
+
+        def batch(step, shard):
+            x, y = original(step, shard)
+            if (step, shard) == (3, 2):
+                x[0, 0, 0, 0] = np.inf
+            return x, y
+
+        trainer.loader.batch = batch
+        return trainer
+
+    def run(out, ranks, **more):
+        trainer = spoil(Trainer(Config(**{**SMALL, "out": out, **options, **more}), ranks))
+        before = None
+        while trainer.step < trainer.last_step:
+            if trainer.step == 3:
+                before = state(trainer)
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trainer.train_step()
+            if trainer.step == 4:
+                assert state(trainer) == before
+        trainer._save("last.h5")
+        return trainer
+
+    alone = run(tmp_path / "alone", Ranks())
+    assert state(run(shared_tmp / "together", ranks)) == state(alone)
+    run(shared_tmp / "part", ranks, max_steps=4).folder.close()
+    resumed = Trainer(Config(out=shared_tmp / "part", resume="auto"), ranks)
+    while resumed.step < resumed.last_step:
+        resumed.train_step()
+    assert state(resumed) == state(alone)
+
+
+@pytest.mark.fault
+def test_an_update_that_overflows_is_undone_and_skipping_gives_up(tmp_path, data):
+    config = Config(**{**SMALL, "data": data, "out": tmp_path / "run", "lr": 1e39, "on_nan": "skip", "epochs": 9})
+    trainer = Trainer(config, Ranks())
+    before = {name: bits for name, bits in state(trainer).items() if "running" not in name}
+    with np.errstate(all="ignore"), warnings.catch_warnings(), pytest.raises(UserError, match="20 steps in a row"):
+        warnings.simplefilter("ignore")
+        trainer.run()
+    assert before.items() <= state(trainer).items()
