@@ -176,6 +176,7 @@ def test_a_full_disk_is_found_at_the_start(data, tmp_path):
     try:
         result = run(*command(2, data, small / "run"), timeout=60)
         assert result.returncode == 2 and "No space left" in result.stderr and "Traceback" not in result.stderr
+        assert "step 0 of" not in result.stdout, "found before the first step"
         assert not list((small / "run").glob("*.h5")) and not list((small / "run").glob(".*.tmp"))
     finally:
         subprocess.run(["umount", small], check=True)

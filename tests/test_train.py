@@ -17,8 +17,8 @@ import pytest
 from cnnmpi import checkpoint, layers, load_checkpoint
 from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, RemoteError, UserError
-from cnnmpi.functional import blocks
-from cnnmpi.models import MODELS, Model, SmallResNet
+from cnnmpi.functional import blocks, cross_entropy_loss
+from cnnmpi.models import MODELS, Model, SimpleCNN, SmallResNet
 from cnnmpi.train import Config, Trainer, evaluate, evaluation
 from cnnmpi.train import config as settings
 from cnnmpi.train.team import Team
@@ -152,6 +152,25 @@ def test_sizes_that_do_not_divide(tmp_path, data, batch_size, shards):
     while trainer.step < trainer.last_step:
         trainer.train_step()
     assert trainer.epoch_counts[2] == 101
+
+
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("batch_size, shards", [(40, 8), (500, 7)])
+def test_a_steps_gradient_is_the_mean_over_the_whole_batch(ranks, shared_tmp, data, batch_size, shards, monkeypatch):
+    """Not the mean of the shards' or the ranks' means: the last batch has 21 images, shards of 3 and 2."""
+    monkeypatch.setitem(MODELS, "simplecnn", SimpleCNN)  # without dropout and BatchNorm its parts add up to the whole
+    options = {"batch_size": batch_size, "shards": shards, "data": data, "epochs": 1, "weight_decay": 0.0}
+    trainer = Trainer(Config(**{**SMALL, **options, "out": shared_tmp / "run"}), ranks)
+    reference = SimpleCNN(image_size=16)
+    while trainer.step < trainer.last_step:
+        reference.load_state_dict(trainer.model.state_dict())
+        reference.zero_grad()
+        x, y = trainer.loader.batch(trainer.step)
+        loss, dlogits = cross_entropy_loss(reference.forward(x), y)
+        reference.backward(dlogits)
+        assert abs(trainer.train_step() - loss) < 1e-6
+        # float32 sums in another order differ by some 1e-7 of their parts, of order 1; a mean of means, by percents
+        np.testing.assert_allclose(trainer.model.flat_grads, reference.flat_grads, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"backend": "torch"}, {"reduction": "float32"}])

@@ -33,28 +33,31 @@ def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int])
     return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and even and min(C, O) >= LEAST_CHANNELS
 
 
-def conv2d(x: Array, W: Array, b: Array | None) -> Array:
-    """Cross-correlate ``x`` (N, C, H, W), H and W even, with ``W`` (O, C, 3, 3), padding 1: y (N, O, H, W)."""
+def conv2d(x: Array, W: Array, b: Array | None) -> tuple[Array, Array]:
+    """Cross-correlate ``x`` (N, C, H, W), H and W even, with ``W`` (O, C, 3, 3), padding 1: y (N, O, H, W).
+
+    Also returns the transformed filters (16, O, C), for the backward pass.
+    """
     N, _, H, width = x.shape
     O = len(W)
-    filters = np.ascontiguousarray(_transform_filters(W).transpose(0, 2, 1))
+    filters = _transform_filters(W)
+    transposed = np.ascontiguousarray(filters.transpose(0, 2, 1))
     y = np.empty((N, H, width, O), x.dtype)
 
     def convolve(block: slice) -> None:
-        products = np.matmul(_transform_data(nhwc(x[block])), filters)  # (16, tiles, C) @ (16, C, O)
+        products = np.matmul(_transform_data(nhwc(x[block])), transposed)  # (16, tiles, C) @ (16, C, O)
         _gather_output(products, y[block])
         if b is not None:
             y[block] += b
 
-    for_each_block(convolve, N, _bytes_each(x, W) / BLOCK_FACTOR)
-    return nchw(y)
+    for_each_block(convolve, N, _bytes_each(x, O) / BLOCK_FACTOR)
+    return nchw(y), filters
 
 
-def conv2d_backward(dy: Array, x: Array, W: Array) -> tuple[Array, Array]:
-    """Return (dx, dW) for ``dy`` (N, O, H, W)."""
+def conv2d_backward(dy: Array, x: Array, filters: Array) -> tuple[Array, Array]:
+    """Return (dx, dW) for ``dy`` (N, O, H, W) and the transformed ``filters`` (16, O, C)."""
     N, C, H, width = x.shape
-    O = len(W)
-    filters = _transform_filters(W)
+    O = filters.shape[1]
     dx = np.empty((N, H, width, C), x.dtype)
 
     def gradients(block: slice) -> Array:
@@ -63,14 +66,14 @@ def conv2d_backward(dy: Array, x: Array, W: Array) -> tuple[Array, Array]:
         dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), _transform_data(nhwc(x[block])))
         return dfilters
 
-    dfilters = sum_over_blocks(gradients, N, _bytes_each(x, W) / BLOCK_FACTOR)
+    dfilters = sum_over_blocks(gradients, N, _bytes_each(x, O) / BLOCK_FACTOR)
     dW = (G2.T.astype(x.dtype) @ dfilters.reshape(16, O * C)).reshape(3, 3, O, C).transpose(2, 3, 0, 1)
     return nchw(dx), dW
 
 
-def _bytes_each(x: Array, W: Array) -> float:
-    """Return the memory that one image takes after both transforms."""
-    (O, C), (H, width) = W.shape[:2], x.shape[2:]
+def _bytes_each(x: Array, O: int) -> float:
+    """Return the memory that one image, with ``O`` output channels, takes after both transforms."""
+    _, C, H, width = x.shape
     return float(4 * H * width * (O + C) * x.itemsize)
 
 
