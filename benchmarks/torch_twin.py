@@ -28,6 +28,10 @@ def torch_twin(model: Model) -> nn.Module:
 def convert(layer: L.Layer) -> nn.Module:
     if isinstance(layer, L.Conv2d):
         return nn.Conv2d(layer.in_c, layer.out_c, layer.k, layer.stride, layer.padding, bias="bias" in layer.params)
+    if isinstance(layer, L.Whitening):
+        whitening = nn.Conv2d(layer.in_c, layer.out_c, layer.k, padding=layer.padding, bias=False)
+        whitening.weight.requires_grad_(False)
+        return whitening
     if isinstance(layer, L.Linear):
         return nn.Linear(layer.in_features, layer.out_features, bias="bias" in layer.params)
     if isinstance(layer, L.BatchNorm):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cnnmpi import functional
-from cnnmpi.functional import blocks, conv, winograd
+from cnnmpi.functional import blocks, conv, init, winograd
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
 sweep = settings(max_examples=40, deadline=None, derandomize=True)  # derandomized: all MPI ranks draw the same examples
@@ -611,7 +611,8 @@ def test_arrays_go_to_an_engine_and_back(dtype: str) -> None:
 @needs_torch
 def test_the_torch_engine_has_the_same_operations_and_signatures() -> None:
     _, functional_torch = engines()
-    numpy_only = {name for name in functional.__all__ if name.startswith(("kaiming", "xavier"))} | {"im2col", "col2im"}
+    numpy_only = {name for name in functional.__all__ if name.startswith(("kaiming", "xavier"))}
+    numpy_only |= {"im2col", "col2im", "whitening"}
     for name in set(functional.__all__) - numpy_only:
         ours, theirs = (inspect.signature(getattr(F, name)).parameters for F in (functional, functional_torch))
         shape = [[(p.name, p.kind, p.default) for p in each.values()] for each in (ours, theirs)]
@@ -694,3 +695,26 @@ def test_initial_values_have_the_variance_of_their_definition(name: str, varianc
     assert np.array_equal(W, draw(np.random.default_rng(0), (48, 16, 3, 3)))
     with pytest.raises(ValueError, match="fan-in"):
         draw(np.random.default_rng(0), (5,))
+
+
+def test_whitening_gives_what_it_says_on_images_of_its_model() -> None:
+    """Pixels and channels that correlate as assumed: outputs of variance 1, nearly without correlation."""
+    C, k = 3, 3
+    pixels = init.PIXELS ** np.abs(np.subtract.outer(np.arange(k), np.arange(k)))
+    colours = init.COLOURS ** np.abs(np.subtract.outer(np.arange(C), np.arange(C)))
+    covariance = np.kron(colours, np.kron(pixels, pixels))
+    filters = functional.whitening((2 * C * k * k, C, k, k)).reshape(2 * C * k * k, -1)
+    half = filters[: C * k * k]
+    np.testing.assert_array_equal(filters[C * k * k :], -half)
+    outputs = half @ covariance @ half.T
+    np.testing.assert_allclose(np.diag(outputs), 1, rtol=1e-4)  # the filters are rounded to 2^-20
+    assert np.abs(outputs - np.diag(np.diag(outputs))).max() < 0.1  # the cosines are not exactly the components
+    assert np.linalg.cond(covariance) > 1000 > 2 > np.linalg.cond(outputs)
+    few = functional.whitening((24, C, k, k)).reshape(24, -1)[:12]
+    np.testing.assert_array_equal(few, half[:12])  # largest variances first
+    norms = np.linalg.norm(half, axis=1)  # 1 / standard deviation
+    assert (np.diff(norms) > -1e-9).all() and np.ptp(few[0]) < 1e-6, "the brightness comes first"
+    assert (half.astype(np.float32) == half).all()
+    for out in (5, 56):
+        with pytest.raises(ValueError, match="even and at most 54"):
+            functional.whitening((out, C, k, k))

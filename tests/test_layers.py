@@ -120,6 +120,23 @@ def test_layers_without_parameters(ours, theirs, shape, dtype):
     check(ours, theirs, rng(1).standard_normal(shape).astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_whitening_is_a_convolution_that_learns_nothing(dtype):
+    layer, twin = L.Whitening(3, 12, (3, 5), dtype=dtype), nn.Conv2d(3, 12, (3, 5), padding=(1, 2), bias=False)
+    twin.weight.requires_grad_(False)
+    twin.weight.data = torch.from_numpy(np.array(layer.buffers["weight"], order="C"))
+    x = rng(1).standard_normal((2, 3, 6, 8)).astype(dtype)
+    tx = torch.from_numpy(x.copy()).requires_grad_()
+    y, ty = layer.forward(x), twin(tx)
+    np.testing.assert_allclose(y, ty.detach().numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
+    dout = rng(7).standard_normal(y.shape).astype(dtype)
+    ty.backward(torch.from_numpy(dout))
+    np.testing.assert_allclose(layer.backward(dout), tx.grad.numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
+    assert layer.parameters() == []
+    with pytest.raises(ValueError, match="odd"):
+        L.Whitening(3, 12, 2)
+
+
 class TorchResidual(nn.Module):
     def __init__(self, body, shortcut):
         super().__init__()
@@ -168,6 +185,7 @@ ALL_LAYERS = [
     (L.Dropout(0.5), (2, 6)),
     (L.Flatten(), (2, 2, 3, 3)),
     (L.Softmax(), (2, 5)),
+    (L.Whitening(2, 6), (2, 2, 6, 6)),
     (L.Residual(L.Sequential(L.Conv2d(2, 2, 3, padding=1), L.ReLU())), (2, 2, 6, 6)),
 ]
 

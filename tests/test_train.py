@@ -17,7 +17,7 @@ import pytest
 from cnnmpi import checkpoint, layers, load_checkpoint
 from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, RemoteError, UserError
-from cnnmpi.functional import blocks, cross_entropy_loss
+from cnnmpi.functional import blocks, cross_entropy_loss, whitening
 from cnnmpi.models import MODELS, Model, SimpleCNN, SmallResNet
 from cnnmpi.train import Config, Trainer, evaluate, evaluation
 from cnnmpi.train import config as settings
@@ -50,7 +50,7 @@ class DropoutNet(Model):
 
 class NarrowResNet(SmallResNet):
     def __init__(self, **options):
-        super().__init__(**options, widths=(4, 24, 24, 10))  # 24: Winograd
+        super().__init__(**options, widths=(24, 24, 24, 10))  # 24: Winograd
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +152,12 @@ def test_sizes_that_do_not_divide(tmp_path, data, batch_size, shards):
     while trainer.step < trainer.last_step:
         trainer.train_step()
     assert trainer.epoch_counts[2] == 101
+
+
+def test_what_is_fixed_stays_as_it_is_to_the_bit(tmp_path, data):
+    """The whitening filters are averaged over the shards, of 11 images here, with the running statistics."""
+    trainer = train(tmp_path / "run", Ranks(), data=data, model="smallresnet", batch_size=33, shards=3)
+    np.testing.assert_array_equal(trainer.model.state_dict()["stem.0.weight"], whitening((24, 3, 3, 3)))
 
 
 @pytest.mark.mpi(min_size=1)

@@ -18,7 +18,7 @@ from cnnmpi.functional.activation import (
 from cnnmpi.functional.arrays import as_array, channels_last_view, copy_into, to_numpy
 from cnnmpi.functional.blocks import set_threads
 from cnnmpi.functional.conv import col2im, conv2d, conv2d_backward, im2col, linear, linear_backward
-from cnnmpi.functional.init import kaiming_normal, kaiming_uniform, xavier_normal, xavier_uniform
+from cnnmpi.functional.init import kaiming_normal, kaiming_uniform, whitening, xavier_normal, xavier_uniform
 from cnnmpi.functional.norm import batch_norm, batch_norm_backward
 from cnnmpi.functional.pool import (
     avg_pool2d,
@@ -60,6 +60,7 @@ __all__ = [
     "softmax",
     "softmax_backward",
     "to_numpy",
+    "whitening",
     "xavier_normal",
     "xavier_uniform",
 ]

@@ -125,8 +125,8 @@ def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[
     dy = nchw(nhwc(dy))
     rows = nhwc(dy).reshape(-1, O)
     db = sum_over_blocks(lambda block: column_sums(rows[block]), len(rows), O * x.itemsize) if has_bias else None
-    if input_grad and filters is not None:
-        return *winograd.conv2d_backward(dy, x, filters), db
+    if filters is not None:
+        return *winograd.conv2d_backward(dy, x, filters, input_grad), db
 
     bytes_each = dy.shape[2] * dy.shape[3] * kH * kW * C * x.itemsize
 

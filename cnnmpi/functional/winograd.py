@@ -54,21 +54,22 @@ def conv2d(x: Array, W: Array, b: Array | None) -> tuple[Array, Array]:
     return nchw(y), filters
 
 
-def conv2d_backward(dy: Array, x: Array, filters: Array) -> tuple[Array, Array]:
-    """Return (dx, dW) for ``dy`` (N, O, H, W) and the transformed ``filters`` (16, O, C)."""
+def conv2d_backward(dy: Array, x: Array, filters: Array, input_grad: bool) -> tuple[Array | None, Array]:
+    """Return (dx, dW) for ``dy`` (N, O, H, W) and the transformed ``filters`` (16, O, C); dx if ``input_grad``."""
     N, C, H, width = x.shape
     O = filters.shape[1]
-    dx = np.empty((N, H, width, C), x.dtype)
+    dx = np.empty((N, H, width, C), x.dtype) if input_grad else None
 
     def gradients(block: slice) -> Array:
         dproducts = _spread_output(nhwc(dy[block]))
-        _scatter_data(np.matmul(dproducts, filters), dx[block])
+        if dx is not None:
+            _scatter_data(np.matmul(dproducts, filters), dx[block])
         dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), _transform_data(nhwc(x[block])))
         return dfilters
 
     dfilters = sum_over_blocks(gradients, N, _bytes_each(x, O) / BLOCK_FACTOR)
     dW = (G2.T.astype(x.dtype) @ dfilters.reshape(16, O * C)).reshape(3, 3, O, C).transpose(2, 3, 0, 1)
-    return nchw(dx), dW
+    return None if dx is None else nchw(dx), dW
 
 
 def _bytes_each(x: Array, O: int) -> float:

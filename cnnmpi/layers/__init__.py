@@ -6,7 +6,7 @@ A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after 
 
 from cnnmpi.layers.base import Array, Layer, Pair
 from cnnmpi.layers.containers import Identity, Residual, Sequential
-from cnnmpi.layers.fixed import AvgPool2d, Dropout, Flatten, GlobalAvgPool2d, MaxPool2d, ReLU, Softmax
+from cnnmpi.layers.fixed import AvgPool2d, Dropout, Flatten, GlobalAvgPool2d, MaxPool2d, ReLU, Softmax, Whitening
 from cnnmpi.layers.learned import BatchNorm, Conv2d, Linear
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "Residual",
     "Sequential",
     "Softmax",
+    "Whitening",
 ]

@@ -81,15 +81,19 @@ class Layer:
         return self.F is not functional
 
     def skip_input_grad(self) -> None:
-        """Let backward leave dx out (None), for a first layer whose input needs no gradient. Layers may ignore it."""
+        """Let backward leave dx out (None): nothing before this layer learns. Layers may ignore it."""
 
     # -- for layers --------------------------------------------------------------------------------------------------
 
     def _add_parameter(self, key: str, value: np.ndarray[Any, Any], dtype: Any) -> None:
-        """Define the parameter ``key`` and its gradient; 4-D arrays are channels-last in memory."""
-        for arrays, content in ((self.params, value), (self.grads, 0)):
-            arrays[key] = functional.channels_last_view(np.empty(value.size, dtype), value.shape)
-            arrays[key][...] = content
+        """Define the parameter ``key`` and its gradient."""
+        self._add_array(self.params, key, value, dtype)
+        self._add_array(self.grads, key, np.zeros(value.shape), dtype)
+
+    def _add_array(self, arrays: dict[str, Array], key: str, value: np.ndarray[Any, Any], dtype: Any) -> None:
+        """Define ``arrays[key]``, with this value; 4-D arrays are channels-last in memory."""
+        arrays[key] = functional.channels_last_view(np.empty(value.size, dtype), value.shape)
+        arrays[key][...] = value
 
     def _add_grads(self, **grads: Array | None) -> None:
         for key, grad in grads.items():
@@ -119,9 +123,9 @@ class Layer:
         if not fits:
             wanted = ", ".join(map(str, shape))
             raise ValueError(f"{self._label()}: expected an input of shape ({wanted}), got {tuple(x.shape)}")
-        for param in self.params.values():
-            if x.dtype != param.dtype:
-                raise ValueError(f"{self._label()}: expected an input of dtype {param.dtype}, got {x.dtype}")
+        for array in (self.params | self.buffers).values():
+            if x.dtype != array.dtype:
+                raise ValueError(f"{self._label()}: expected an input of dtype {array.dtype}, got {x.dtype}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._options()})"

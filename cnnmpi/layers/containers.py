@@ -1,8 +1,25 @@
 """Layers made of layers: a chain, a skip connection, and the skip itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cnnmpi.layers.base import Array, Layer
+
+
+def chain_backward(layers: Sequence[Layer], dout: Array) -> Array:
+    """Apply the chain rule last to first; no further than to a layer that leaves its dx out."""
+    for layer in reversed(layers):
+        dout = layer.backward(dout)
+        if dout is None:
+            break
+    return dout
+
+
+def chain_skip_input_grad(layers: Sequence[Layer]) -> None:
+    """Let the layers leave out the gradients that nobody needs: those before the first parameters."""
+    for layer in layers:
+        layer.skip_input_grad()
+        if layer.parameters():
+            break
 
 
 class Identity(Layer):
@@ -37,14 +54,11 @@ class Sequential(Layer):
 
     def backward(self, dout: Array) -> Array:
         """Apply the chain rule last to first."""
-        for layer in reversed(self.layers):
-            dout = layer.backward(dout)
-        return dout
+        return chain_backward(self.layers, dout)
 
     def skip_input_grad(self) -> None:
-        """Spare what the first layer can spare."""
-        if self.layers:
-            self.layers[0].skip_input_grad()
+        """Spare what the layers up to the first that learns can spare."""
+        chain_skip_input_grad(self.layers)
 
     def _options(self) -> str:
         return ", ".join(map(repr, self.layers))
