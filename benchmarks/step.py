@@ -126,7 +126,7 @@ def profile(model: str, batch: int, steps: int = 10) -> str:
             layer.forward, layer.backward = timed(forward, layer.forward), timed(backward, layer.backward)
             kinds.setdefault(type(layer).__name__, []).extend([forward, backward])
     side.optimizer.step = timed("optimizer", side.optimizer.step)
-    parts = ["_transform_filters", "_transform_data", "_scatter_data", "_gather_output", "_spread_output"]
+    parts = ["_transform_filters", "_transform_data", "_transform_output", "_spread_output", "_add_up"]
     original = {(m, n): getattr(m, n) for m, names in ((winograd, parts), (conv, ["im2col"])) for n in names}
     try:
         for (module, name), function in original.items():
