@@ -263,7 +263,7 @@ class SmallResNet(Model):
     """A shallow residual network: most accuracy for the time that a CPU has.
 
     A fixed whitening stem at full resolution, which needs no backward pass; then three stages, each of which widens,
-    halves the resolution and refines the result by a residual unit. For CIFAR-10: 756,746 parameters, 48 million
+    halves the resolution and refines the result by a residual unit. For CIFAR-10: 1,160,970 parameters, 81 million
     multiply-adds. Takes images from 16x16 pixels on.
     """
 
@@ -273,7 +273,7 @@ class SmallResNet(Model):
         num_classes: int = 10,
         image_size: Size = 32,
         seed: int = 0,
-        widths: tuple[int, ...] = (24, 32, 128, 192),
+        widths: tuple[int, ...] = (24, 64, 128, 256),
     ) -> None:
         super().__init__()
         if min(pair(image_size)) < 16:

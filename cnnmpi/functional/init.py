@@ -53,7 +53,8 @@ def whitening(shape: tuple[int, ...]) -> Array:
     out, axes = shape[0], shape[1:]
     if out % 2 or out > 2 * math.prod(axes):
         raise ValueError(f"whitening: the number of filters must be even and at most {2 * math.prod(axes)}, got {out}")
-    basis, variances = np.ones((1, 1)), np.ones(1)
+    basis: Array = np.ones((1, 1))
+    variances: Array = np.ones(1)
     for size, correlation in zip(axes, (COLOURS, PIXELS, PIXELS), strict=True):
         cosines = np.cos(np.pi / size * np.outer(np.arange(size), np.arange(size) + 0.5))
         cosines /= np.linalg.norm(cosines, axis=1, keepdims=True)

@@ -72,7 +72,7 @@ def conv2d_backward(dy: Array, x: Array, W: Array, input_grad: bool) -> tuple[Ar
     """Return (dx, dW) for ``dy`` (N, O, H, W); dx is None unless ``input_grad``."""
     N, C, H, width = x.shape
     O = len(W)
-    filters = _transform_filters(W.transpose(2, 3, 0, 1)) if input_grad else None
+    filters = _transform_filters(W.transpose(2, 3, 0, 1))
     dx = np.empty((N, H, width, C), x.dtype) if input_grad else None
 
     def gradients(block: slice) -> Array:

@@ -99,7 +99,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "cutout": 0,
     },
     "smallresnet": {
-        "epochs": 25,
+        "epochs": 23,
         "batch_size": 256,
         "optimizer": "sgd",
         "lr": 0.25,
