@@ -16,7 +16,7 @@ import threadpoolctl
 from benchmarks.rounds import Competitor, hardware, options, ratios, refuse_slow_blas, spread, table, take_turns
 from benchmarks.worker import Ours, inputs
 from cnnmpi.functional import conv, winograd
-from cnnmpi.layers import Conv2d, Layer, Linear
+from cnnmpi.layers import Conv2d, Layer, Linear, Whitening
 from cnnmpi.models import MODELS
 
 KINDS = ["numpy", "torch engine", "torch eager", "torch channels_last", "torch compile"]
@@ -36,14 +36,15 @@ def operations(model: str, batch: int) -> float:
         def counting(x: Any) -> Any:
             nonlocal total
             y = forward(x)
-            share = np.prod(layer.params["weight"].shape[1:]) * y.size * 2
-            total += float(share) * (2 if layer is first else 3)  # the first needs no gradient of its input
+            share = np.prod((layer.params | layer.buffers)["weight"].shape[1:]) * y.size * 2
+            # whitening learns nothing, and before the first layer that learns no gradient is needed
+            total += float(share) * (1 if isinstance(layer, Whitening) else 2 if layer is first else 3)
             return y
 
         layer.forward = counting
 
     for _, layer in net.walk():
-        if isinstance(layer, Conv2d | Linear):
+        if isinstance(layer, Conv2d | Linear | Whitening):
             count(layer)
     net.forward(inputs(2)[0])
     return total * batch / 2

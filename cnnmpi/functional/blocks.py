@@ -76,10 +76,15 @@ def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: floa
             total += body(block)
         return total
 
-    totals = _for_each(sum_run, [run for run in runs if run])
-    for part in totals[1:]:
-        totals[0] += part
-    return totals[0]
+    first, *others = _for_each(sum_run, [run for run in runs if run])
+
+    def add_others(rows: slice) -> None:
+        for part in others:
+            first[rows] += part[rows]
+
+    if others:
+        _for_each(add_others, _cut(len(first), (len(others) + 1) * first[:1].nbytes))
+    return first
 
 
 def _cut(count: int, bytes_each: float) -> list[slice]:
