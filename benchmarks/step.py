@@ -127,7 +127,8 @@ def profile(model: str, batch: int, steps: int = 10) -> str:
             layer.forward, layer.backward = timed(forward, layer.forward), timed(backward, layer.backward)
             kinds.setdefault(type(layer).__name__, []).extend([forward, backward])
     side.optimizer.step = timed("optimizer", side.optimizer.step)
-    parts = ["_transform_filters", "_transform_data", "_transform_output", "_spread_output", "_add_up"]
+    parts = ["_transform_filters", "_transform_data", "_transform_output"]
+    parts += ["_transform_data_backward", "_transform_output_backward"]
     original = {(m, n): getattr(m, n) for m, names in ((winograd, parts), (conv, ["im2col"])) for n in names}
     try:
         for (module, name), function in original.items():

@@ -114,15 +114,20 @@ class Model(Layer):
         """Move all arrays into the flat ones, once."""
         if self._flat:
             return
-        dtypes = {str(p.dtype) for p, _ in self.named_parameters().values()}
+        arrays = [param for param, _ in self.named_parameters().values()] + list(self.named_buffers().values())
+        dtypes = {str(array.dtype) for array in arrays}
         if len(dtypes) > 1:
-            raise ValueError(f"{type(self).__name__}: parameters must share one dtype, got {', '.join(sorted(dtypes))}")
+            raise ValueError(f"{type(self).__name__}: all layers must share one dtype, got {', '.join(sorted(dtypes))}")
         seen: dict[int, str] = {}
         for name, layer in self.walk():
             layer.name = name
             if id(layer) in seen:
                 raise ValueError(f"{type(self).__name__}: one layer stands at {seen[id(layer)]!r} and {name!r}")
             seen[id(layer)] = name
+            if isinstance(layer, Model) and layer is not self:
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is a Model, which has arrays of its own: make it a Layer"
+                )
             for key, value in vars(layer).items():
                 if isinstance(value, list | tuple) and any(isinstance(v, Layer) for v in value) and key != "layers":
                     raise ValueError(f"{type(self).__name__}: {key} is a list of layers: make it a Sequential")
@@ -284,7 +289,7 @@ class SmallResNet(Model):
             return Sequential(unit(in_c, out_c, pool=True, rng=rng), Residual(unit(out_c, out_c, rng=rng)))
 
         stem, first, second, third = widths
-        stem = min(stem, 18 * in_channels)  # there are no more principal components of 3x3 patches
+        stem = min(stem, 18 * in_channels)  # the 9 principal components a channel of 3x3 patches, and their negatives
         self.stem = Sequential(Whitening(in_channels, stem), ReLU())
         self.stage1 = stage(stem, first)
         self.stage2 = stage(first, second)

@@ -5,6 +5,7 @@ Torch computes the expected values in float64, so that a difference is our own r
 
 import importlib.util
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -176,6 +177,32 @@ def test_winograd_equals_im2col(sizes: tuple[int, ...], dtype: str, bias: bool) 
         mock.patch.object(conv, "im2col", side_effect=AssertionError("im2col was called")),
     ):
         assert_close(run(functional, "conv2d", arrays, padding=1), expected, dtype)
+
+
+def test_winograd_loses_few_bits() -> None:
+    """With many channels: relative to the largest output, a quarter of what the usual points 0, 1, -1, 2, -2 lose."""
+    x, W = random(2, 128, 16, 16), random(64, 128, 3, 3, seed=1)
+    arrays = [[x, W, None], [x.astype("f"), W.astype("f"), None]]
+    exact, rounded = (run(functional, "conv2d", each, padding=1) for each in arrays)
+    for name, a, b in zip(("y", "dx", "dW"), exact, rounded, strict=False):
+        assert np.abs(a - b).max() < 3e-6 * np.abs(a).max(), name
+
+
+def test_winograd_without_the_inputs_gradient() -> None:
+    x, W, dy = random(5, 24, 8, 8), random(24, 24, 3, 3, seed=1), random(5, 24, 8, 8, seed=2)
+    _, cache = functional.conv2d(x, W, padding=1)
+    with mock.patch.object(blocks, "BLOCK_BYTES", 1), mock.patch.object(conv, "im2col", side_effect=AssertionError):
+        dx, dW, db = functional.conv2d_backward(dy, cache, input_grad=False)
+        _, expected, _ = functional.conv2d_backward(dy, cache)
+    assert dx is None and db is None
+    np.testing.assert_array_equal(dW, expected)
+
+
+def test_a_convolution_of_no_images() -> None:
+    for C in (3, 24):
+        y, cache = functional.conv2d(np.zeros((0, C, 8, 8)), random(24, C, 3, 3), np.zeros(24), padding=1)
+        dx, dW, db = functional.conv2d_backward(y, cache)
+        assert dx.shape == (0, C, 8, 8) and not dW.any() and not db.any()
 
 
 @needs_torch
@@ -715,7 +742,12 @@ def test_whitening_gives_what_it_says_on_images_of_its_model() -> None:
     np.testing.assert_array_equal(few, half[:12])  # largest variances first
     norms = np.linalg.norm(half, axis=1)  # 1 / standard deviation
     assert (np.diff(norms) > -1e-9).all() and np.ptp(few[0]) < 1e-6, "the brightness comes first"
-    assert (half.astype(np.float32) == half).all()
+    assert (half.astype(np.float32) == half).all() and not np.signbit(filters[filters == 0]).any()
+    for channels in (1, 2, 3):  # of two components with the same variance, the rougher one along the width comes first
+        once = functional.whitening((2 * channels * k * k, channels, k, k))[: channels * k * k]
+        for f, g in itertools.pairwise(once):
+            if np.array_equal(f, g.swapaxes(1, 2)) and not np.array_equal(f, g):
+                assert (np.diff(f, axis=1) ** 2).sum() < (np.diff(f, axis=2) ** 2).sum()
     for out in (5, 56):
         with pytest.raises(ValueError, match="even and at most 54"):
             functional.whitening((out, C, k, k))

@@ -231,6 +231,11 @@ def test_wiring_that_would_train_wrongly_is_refused():
             super().__init__()
             self.one = self.two = L.Linear(2, 2)
 
+    class Nested(Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = SimpleCNN(image_size=8)
+
     x, _ = batch(size=8)
     model = ForwardOnly()
     with pytest.raises(TypeError, match="must define the backward"):
@@ -239,6 +244,8 @@ def test_wiring_that_would_train_wrongly_is_refused():
         Listed().parameters()
     with pytest.raises(ValueError, match="one layer stands at 'one' and 'two'"):
         Twice().parameters()
+    with pytest.raises(ValueError, match="inner is a Model"):
+        Nested().parameters()
 
 
 def test_errors_name_the_layer_in_the_model():

@@ -76,6 +76,8 @@ def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: floa
             total += body(block)
         return total
 
+    if not blocks:
+        return body(slice(0, 0))
     first, *others = _for_each(sum_run, [run for run in runs if run])
 
     def add_others(rows: slice) -> None:

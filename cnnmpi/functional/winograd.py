@@ -17,9 +17,9 @@ from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc, sum_over
 
 TILE, FILTER = 4, 3
 PATCH = TILE + FILTER - 1
-# Where the polynomials behind the method are evaluated, besides infinity. These points lose the fewest bits: float32
-# errors are a fifth of those with the usual 0, 1, -1, 2, -2 (see Alam et al., "Winograd convolution for deep neural
-# networks: efficient point selection", 2022, for points +-c, +-1/c).
+# Where the polynomials behind the method are evaluated, besides infinity. The choice decides how much rounding hurts:
+# half as much as with the usual 0, 1, -1, 2, -2 (docs/numerics.md; Alam et al., "Winograd convolution for deep neural
+# networks: efficient point selection", 2022, search for such points).
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 LEAST_CHANNELS = 24  # in and out: with fewer, the transforms take more time than the multiplications they save
 
@@ -27,21 +27,23 @@ LEAST_CHANNELS = 24  # in and out: with fewer, the transforms take more time tha
 def _cook_toom(points: tuple[float, ...]) -> tuple[Array, Array, Array]:
     """Return A' (4, 6), B' (6, 6) and G (6, 3) for five points and infinity.
 
-    A filter and a tile are polynomials. Their product is found by its values at the points (A and G: powers of the
-    points) and by Lagrange's interpolation (B: the coefficients of its basis polynomials, whose denominators are in
-    G); a convolution is the transpose of that (Winograd, "Arithmetic complexity of computations", 1980).
+    The product of two polynomials, of 3 and of 4 coefficients g and y, has 6. It is found by its values at five points
+    and its leading coefficient (the "value at infinity"): G g and A y are the values of the factors, whose products B
+    turns back into coefficients by Lagrange's interpolation; its denominators are put into G. So the coefficients are
+    B [(G g) * (A y)]. As a function of y this is linear, and its transpose is the convolution of 6 pixels d by the
+    filter g: A' [(G g) * (B' d)] (Winograd, "Arithmetic complexity of computations", 1980).
     """
-    at, b, g = np.zeros((TILE, PATCH)), np.zeros((PATCH, PATCH)), np.zeros((PATCH, FILTER))
+    AT, BT, G = np.zeros((TILE, PATCH)), np.zeros((PATCH, PATCH)), np.zeros((PATCH, FILTER))
     for j, point in enumerate(points):
         others = [other for other in points if other != point]
-        at[:, j] = point ** np.arange(TILE)
-        g[j] = point ** np.arange(FILTER) / np.prod(point - np.array(others))
-        b[j, :-1] = np.poly(others)[::-1]
-    at[-1, -1], g[-1, -1], b[-1] = 1, 1, np.poly(points)[::-1]
-    return at, b, g
+        AT[:, j] = point ** np.arange(TILE)
+        BT[j, :-1] = np.poly(others)[::-1]  # the coefficients of the product of all (x - other)
+        G[j] = point ** np.arange(FILTER) / np.prod(point - np.array(others))
+    AT[-1, -1], G[-1, -1], BT[-1] = 1, 1, np.poly(points)[::-1]
+    return AT, BT, G
 
 
-OUTPUT, DATA, FILTERS = _cook_toom(POINTS)  # A', B' and G
+AT, BT, G = _cook_toom(POINTS)
 
 
 def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
@@ -76,14 +78,14 @@ def conv2d_backward(dy: Array, x: Array, W: Array, input_grad: bool) -> tuple[Ar
     dx = np.empty((N, H, width, C), x.dtype) if input_grad else None
 
     def gradients(block: slice) -> Array:
-        dproducts = _spread_output(nhwc(dy[block]))
+        dproducts = _transform_output_backward(nhwc(dy[block]))
         if dx is not None:
-            _add_up(np.matmul(dproducts, filters), dx[block])  # (36, tiles, O) @ (36, O, C)
+            _transform_data_backward(np.matmul(dproducts, filters), dx[block])  # (36, tiles, O) @ (36, O, C)
         dfilters: Array = np.matmul(_transform_data(nhwc(x[block])).transpose(0, 2, 1), dproducts)
         return dfilters
 
     dfilters = sum_over_blocks(gradients, N, _bytes_each(x, O))
-    dtaps = _along_both(FILTERS.T, dfilters.reshape(PATCH, PATCH, C * O)).reshape(FILTER, FILTER, C, O)
+    dtaps = _along_both(G.T, dfilters.reshape(PATCH, PATCH, C * O)).reshape(FILTER, FILTER, C, O)
     return None if dx is None else nchw(dx), dtaps.transpose(3, 2, 0, 1)
 
 
@@ -116,7 +118,7 @@ def _by_tiles(x: Array) -> Array:
 def _transform_filters(taps: Array) -> Array:
     """G g G' of each filter: (3, 3, a, b) -> (36, a, b)."""
     a, b = taps.shape[2:]
-    return _along_both(FILTERS, np.ascontiguousarray(taps).reshape(FILTER, FILTER, a * b)).reshape(-1, a, b)
+    return _along_both(G, np.ascontiguousarray(taps).reshape(FILTER, FILTER, a * b)).reshape(-1, a, b)
 
 
 def _transform_data(x: Array) -> Array:
@@ -127,28 +129,28 @@ def _transform_data(x: Array) -> Array:
     image, row, column, channel = padded.strides
     strides = (row, column, image, TILE * row, TILE * column, channel)
     patches = as_strided(padded, (PATCH, PATCH, *_grid(x)), strides, writeable=False)
-    return _along_both(DATA, np.ascontiguousarray(patches).reshape(PATCH, PATCH, -1)).reshape(PATCH * PATCH, -1, C)
+    return _along_both(BT, np.ascontiguousarray(patches).reshape(PATCH, PATCH, -1)).reshape(PATCH * PATCH, -1, C)
 
 
 def _transform_output(products: Array, y: Array) -> None:
     """A' m A of each 6x6 array of products: (36, tiles, O) -> ``y`` (n, H, W, O)."""
-    tiles = _along_both(OUTPUT, products.reshape(PATCH, PATCH, -1))
+    tiles = _along_both(AT, products.reshape(PATCH, PATCH, -1))
     _by_tiles(y)[...] = tiles.reshape(TILE, TILE, *_grid(y))
 
 
-def _spread_output(dy: Array) -> Array:
+def _transform_output_backward(dy: Array) -> Array:
     """Transpose of _transform_output: (n, H, W, O) -> (36, tiles, O)."""
     tiles = np.ascontiguousarray(_by_tiles(dy)).reshape(TILE, TILE, -1)
-    return _along_both(OUTPUT.T, tiles).reshape(PATCH * PATCH, -1, dy.shape[3])
+    return _along_both(AT.T, tiles).reshape(PATCH * PATCH, -1, dy.shape[3])
 
 
-def _add_up(ddata: Array, dx: Array) -> None:
+def _transform_data_backward(ddata: Array, dx: Array) -> None:
     """Transpose of _transform_data: add (36, tiles, C) up where it came from, in ``dx`` (n, H, W, C).
 
     Pixel p of a tile is place p + 1 of its own patch, and the first and the last pixel also belong to the patch before
     and the one after it. What falls into the padding is dropped. Rows first, then columns.
     """
-    patches = _along_both(DATA.T, ddata.reshape(PATCH, PATCH, -1)).reshape(PATCH, PATCH, *_grid(dx))
+    patches = _along_both(BT.T, ddata.reshape(PATCH, PATCH, -1)).reshape(PATCH, PATCH, *_grid(dx))
     inner = slice(1, 1 + TILE)
     rows = patches[inner]
     rows[0, :, :, 1:] += patches[-1, :, :, :-1]

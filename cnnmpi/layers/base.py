@@ -26,7 +26,7 @@ class Layer:
     def __init__(self) -> None:
         self.params: dict[str, Array] = {}  # learned: changed by the optimizer
         self.grads: dict[str, Array] = {}  # one gradient for each parameter
-        self.buffers: dict[str, Array] = {}  # kept with the parameters, but not learned (running statistics)
+        self.buffers: dict[str, Array] = {}  # kept with the parameters, but not learned: statistics, fixed filters
         self._cache: Any = None
 
     def forward(self, x: Array) -> Array:

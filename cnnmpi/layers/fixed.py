@@ -152,6 +152,7 @@ class Whitening(Layer):
         if not (kH % 2 and kW % 2):
             raise ValueError(f"Whitening: the kernel size must be odd, got {k}")
         self.padding = (kH // 2, kW // 2)
+        self.input_grad = True
         self._add_array(self.buffers, "weight", functional.whitening((out_c, in_c, kH, kW)), dtype)
 
     def forward(self, x: Array) -> Array:
@@ -160,8 +161,13 @@ class Whitening(Layer):
         return self._keep(self.F.conv2d(x, self.buffers["weight"], padding=self.padding))
 
     def backward(self, dout: Array) -> Array:
-        """(N, out_c, H, W) -> (N, in_c, H, W)."""
-        return self.F.conv2d_backward(dout, self._taken())[0]
+        """(N, out_c, H, W) -> (N, in_c, H, W), or None after ``skip_input_grad()``."""
+        cache = self._taken()
+        return self.F.conv2d_backward(dout, cache)[0] if self.input_grad else None
+
+    def skip_input_grad(self) -> None:
+        """Spare the layer's only gradient."""
+        self.input_grad = False
 
     def _options(self) -> str:
         return f"{self.in_c}, {self.out_c}, {self.k}"

@@ -102,7 +102,8 @@ class BatchNorm(Layer):
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self._add_parameter("weight", np.ones(num_features), dtype)
         self._add_parameter("bias", np.zeros(num_features), dtype)
-        self.buffers = {"running_mean": np.zeros(num_features, dtype), "running_var": np.ones(num_features, dtype)}
+        self._add_array(self.buffers, "running_mean", np.zeros(num_features), dtype)
+        self._add_array(self.buffers, "running_var", np.ones(num_features), dtype)
 
     def forward(self, x: Array) -> Array:
         """Shape kept. In training the running statistics move towards the batch's."""

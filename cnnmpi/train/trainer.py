@@ -112,9 +112,10 @@ class Trainer:
         self.skipped = 0  # steps in a row that were left out
         if saved is not None:
             self._continue_from(*saved)
-        weights = np.array(self.F.to_numpy(self.model.flat_params))
-        ranks.broadcast(weights)  # hosts of different kinds may have drawn them with different last bits
-        self.F.copy_into(self.model.flat_params, weights)
+        for flat in (self.model.flat_params, self.model.flat_buffers):
+            array = np.array(self.F.to_numpy(flat))
+            ranks.broadcast(array)  # hosts of different kinds may have drawn them with different last bits
+            self.F.copy_into(flat, array)
 
         assert config.out is not None  # resolve() has set it
         self.folder = RunFolder(config.out, ranks)
@@ -152,7 +153,7 @@ class Trainer:
             )
             model.backward(dlogits)
             correct = int((F.to_numpy(logits).argmax(axis=1) == y).sum())
-            statistics_sum = F.to_numpy(model.flat_buffers) * np.float64(len(y))  # exact, so what is fixed stays so
+            statistics_sum = F.to_numpy(model.flat_buffers) * np.float64(len(y))  # exact: what is fixed stays so
             self.reducer.add(shard, F.to_numpy(model.flat_grads), statistics_sum, np.array([loss, correct, len(y), 0]))
 
         self.team.map(train_shard, self.shards)
