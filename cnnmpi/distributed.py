@@ -395,6 +395,5 @@ class ExactReducer(Reducer):
         return True
 
     def _decode(self, total: Array) -> Array:
-        values = total.astype(np.float64)
-        values *= 1 / self.ONE
+        values: Array = np.multiply(total, 1 / self.ONE)  # float64; a power of two rounds nothing
         return values

@@ -87,7 +87,7 @@ class Config:
 # SimpleCNN and 40 for SmallResNet.
 RECIPES: dict[str, dict[str, Any]] = {
     "simplecnn": {
-        "epochs": 9,
+        "epochs": 12,
         "batch_size": 128,
         "optimizer": "sgd",
         "lr": 0.06,
