@@ -29,11 +29,11 @@ def digest(output: str) -> str:
     return re.search(r"^done: test_acc=0\.\d{4} weights_sha256=([0-9a-f]{64})$", output, re.MULTILINE)[1]
 
 
-def start_and_wait(args: list[str], out: Path) -> subprocess.Popen[str]:
-    """Start a job and wait for its first checkpoint."""
+def start_and_wait(args: list[str], out: Path, name: str = "last.h5") -> subprocess.Popen[str]:
+    """Start a job and wait for its first checkpoint, or for ``name``; previous.h5 comes with the second one."""
     job = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not (out / "last.h5").exists():
+    while not (out / name).exists():
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.02)
     return job

@@ -30,7 +30,9 @@ def test_lost_ranks_are_replaced_and_the_result_is_the_undisturbed_one(data, tmp
     killed: set[int] = {process.pid}
     for _ in range(2):
         deadline = time.monotonic() + 60
-        while len(pids := [pid for pid in rank_pids(out) if pid not in killed]) < 3 or not (out / "last.h5").exists():
+        while (
+            len(pids := [pid for pid in rank_pids(out) if pid not in killed]) < 3 or not (out / "previous.h5").exists()
+        ):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         os.kill(pids[1], signal.SIGKILL)

@@ -34,7 +34,7 @@ def test_mpirun_ends_in_the_digest_of_one_process(ranks, data, tmp_path, undistu
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_kill_9_of_any_rank_ends_the_job_and_resume_on_other_ranks_is_exact(victim, data, tmp_path, undisturbed):
     out = tmp_path / "run"
-    job = start_and_wait(command(3, data, out, "--checkpoint-every", "1"), out)
+    job = start_and_wait(command(3, data, out, "--checkpoint-every", "1"), out, "previous.h5")  # with a momentum
     pids = rank_pids(out)
     assert len(pids) == 3
     os.kill(pids[victim], signal.SIGKILL)
