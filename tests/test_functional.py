@@ -173,6 +173,7 @@ def test_winograd_equals_im2col(sizes: tuple[int, ...], dtype: str, bias: bool) 
     expected = run(functional, "conv2d", arrays, padding=1)
     with (
         mock.patch.object(winograd, "LEAST_CHANNELS", 1),
+        mock.patch.object(winograd, "PIECE", 7),  # several, and the last one smaller
         mock.patch.object(blocks, "BLOCK_BYTES", 1),  # as many blocks as images
         mock.patch.object(conv, "im2col", side_effect=AssertionError("im2col was called")),
     ):

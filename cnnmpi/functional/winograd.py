@@ -21,6 +21,7 @@ PATCH = TILE + FILTER - 1
 # half as much as with the usual 0, 1, -1, 2, -2 (docs/numerics.md; Alam et al., "Winograd convolution for deep neural
 # networks: efficient point selection", 2022, search for such points).
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+PIECE = 1 << 14  # places that the maps treat at a time: what lies between height and width then stays in the cache
 LEAST_CHANNELS = 24  # in and out: with fewer, the transforms take more time than the multiplications they save
 
 
@@ -98,8 +99,12 @@ def _bytes_each(x: Array, O: int) -> float:
 def _along_both(matrix: Array, planes: Array) -> Array:
     """Apply ``matrix`` (m, k) along the first and along the second axis of ``planes`` (k, k, n): (m, m, n)."""
     matrix = matrix.astype(planes.dtype)
-    rows = np.matmul(matrix, planes.transpose(1, 0, 2))  # for each column: (m, k) @ (k, n)
-    both: Array = np.matmul(matrix, rows.transpose(1, 0, 2))
+    m, n = len(matrix), planes.shape[2]
+    both = np.empty((m, m, n), planes.dtype)
+    for start in range(0, n, PIECE):
+        piece = slice(start, start + PIECE)
+        rows = np.matmul(matrix, planes[:, :, piece].transpose(1, 0, 2))  # for each column: (m, k) @ (k, piece)
+        np.matmul(matrix, rows.transpose(1, 0, 2), out=both[:, :, piece])
     return both
 
 
