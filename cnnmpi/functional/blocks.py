@@ -47,13 +47,12 @@ def _keep_freed_memory() -> None:
     Every step makes arrays of the same sizes: this took SimpleCNN's step from 19.6 to 13.9 ms (16 images). glibc only;
     elsewhere it has no effect.
     """
-    trim_threshold, top_pad, mmap_threshold, arena_max = -1, -2, -3, -8  # mallopt(3)
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(mmap_threshold, 1 << 25)
         mallopt(trim_threshold, 1 << 30)
         mallopt(top_pad, 1 << 26)
-        mallopt(arena_max, 1)  # one pool for all threads: what one frees another can take
 
 
 def for_each_block(body: Callable[[slice], Result], count: int, bytes_each: float) -> list[Result]:
