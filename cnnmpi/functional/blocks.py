@@ -18,7 +18,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Of columns, tiles or rows: 2 to 4 MiB were the fastest of 0.75 to 12 MiB on a core with 1 MiB of L2. Smaller ones make
+# Of columns, tiles or rows: 2 to 4 MiB were the fastest of 0.75 to 6 MiB on a core with 1 MiB of L2. Smaller ones make
 # threads wait for each other: between two operations they need the interpreter's lock.
 BLOCK_BYTES = 3 << 20
 RUNS = 8  # sums over blocks run on up to this many threads
