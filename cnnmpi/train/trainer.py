@@ -153,7 +153,8 @@ class Trainer:
             )
             model.backward(dlogits)
             correct = int((F.to_numpy(logits).argmax(axis=1) == y).sum())
-            statistics_sum = F.to_numpy(model.flat_buffers) * np.float64(len(y))  # exact, so (reduced exactly) what is fixed stays
+            # exact in float64, so that the exact reduction leaves fixed filters as they are
+            statistics_sum = F.to_numpy(model.flat_buffers) * np.float64(len(y))
             self.reducer.add(shard, F.to_numpy(model.flat_grads), statistics_sum, np.array([loss, correct, len(y), 0]))
 
         self.team.map(train_shard, self.shards)
