@@ -75,19 +75,18 @@ def conv2d_backward(dy: Array, x: Array, W: Array, input_grad: bool) -> tuple[Ar
     """Return (dx, dW) for ``dy`` (N, O, H, W); dx is None unless ``input_grad``."""
     N, C, H, width = x.shape
     O = len(W)
-    filters = _transform_filters(W.transpose(2, 3, 0, 1))
+    filters = _transform_filters(W.transpose(2, 3, 0, 1)) if input_grad else None
     dx = np.empty((N, H, width, C), x.dtype) if input_grad else None
 
     def gradients(block: slice) -> Array:
         dproducts = _transform_output_backward(nhwc(dy[block]))
-        if dx is not None:
+        if dx is not None and filters is not None:
             _transform_data_backward(np.matmul(dproducts, filters), dx[block])  # (36, tiles, O) @ (36, O, C)
-        dfilters: Array = np.matmul(_transform_data(nhwc(x[block])).transpose(0, 2, 1), dproducts)
+        dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), _transform_data(nhwc(x[block])))
         return dfilters
 
     dfilters = sum_over_blocks(gradients, N, _bytes_each(x, O))
-    dtaps = _along_both(G.T, dfilters.reshape(PATCH, PATCH, C * O)).reshape(FILTER, FILTER, C, O)
-    return None if dx is None else nchw(dx), dtaps.transpose(3, 2, 0, 1)
+    return None if dx is None else nchw(dx), _transform_filters_backward(dfilters)
 
 
 def _bytes_each(x: Array, O: int) -> float:
@@ -96,11 +95,11 @@ def _bytes_each(x: Array, O: int) -> float:
     return float(PATCH * PATCH * H * width * (O + C) * x.itemsize / (TILE * TILE))
 
 
-def _along_both(matrix: Array, planes: Array) -> Array:
+def _along_both(matrix: Array, planes: Array, out: Array | None = None) -> Array:
     """Apply ``matrix`` (m, k) along the first and along the second axis of ``planes`` (k, k, n): (m, m, n)."""
     matrix = matrix.astype(planes.dtype)
     m, n = len(matrix), planes.shape[2]
-    both = np.empty((m, m, n), planes.dtype)
+    both = np.empty((m, m, n), planes.dtype) if out is None else out
     for start in range(0, n, PIECE):
         piece = slice(start, start + PIECE)
         rows = np.matmul(matrix, planes[:, :, piece].transpose(1, 0, 2))  # for each column: (m, k) @ (k, piece)
@@ -123,7 +122,27 @@ def _by_tiles(x: Array) -> Array:
 def _transform_filters(taps: Array) -> Array:
     """G g G' of each filter: (3, 3, a, b) -> (36, a, b)."""
     a, b = taps.shape[2:]
-    return _along_both(G, np.ascontiguousarray(taps).reshape(FILTER, FILTER, a * b)).reshape(-1, a, b)
+    filters = np.empty((PATCH, PATCH, a, b), taps.dtype)
+
+    def transform(rows: slice) -> None:
+        some = np.ascontiguousarray(taps[:, :, rows]).reshape(FILTER, FILTER, -1)
+        _along_both(G, some, out=filters[:, :, rows].reshape(PATCH, PATCH, -1))
+
+    for_each_block(transform, a, filters[:, :, 0].nbytes)
+    return filters.reshape(PATCH * PATCH, a, b)
+
+
+def _transform_filters_backward(dfilters: Array) -> Array:
+    """Return dW (O, C, 3, 3), by the transpose of _transform_filters, from (36, O, C)."""
+    O, C = dfilters.shape[1:]
+    dW = np.empty((O, FILTER, FILTER, C), dfilters.dtype)
+
+    def transform(rows: slice) -> None:
+        taps = _along_both(G.T, dfilters[:, rows].reshape(PATCH, PATCH, -1))
+        dW[rows] = taps.reshape(FILTER, FILTER, -1, C).transpose(2, 0, 1, 3)
+
+    for_each_block(transform, O, dfilters[:, :1].nbytes)
+    return nchw(dW)
 
 
 def _transform_data(x: Array) -> Array:
