@@ -16,6 +16,11 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
+class BatchNormReLU(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
 def torch_twin(model: Model) -> nn.Module:
     """Build the module layer by layer, with the same dotted names and weights."""
     twin = nn.Sequential()
@@ -35,7 +40,7 @@ def convert(layer: L.Layer) -> nn.Module:
     if isinstance(layer, L.Linear):
         return nn.Linear(layer.in_features, layer.out_features, bias="bias" in layer.params)
     if isinstance(layer, L.BatchNorm):
-        return nn.BatchNorm2d(layer.num_features, layer.eps, layer.momentum)
+        return (BatchNormReLU if layer.relu else nn.BatchNorm2d)(layer.num_features, layer.eps, layer.momentum)
     if isinstance(layer, L.Residual):
         assert isinstance(layer.shortcut, L.Identity)
         return Residual(convert(layer.body))

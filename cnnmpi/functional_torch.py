@@ -5,6 +5,7 @@ autograd records nothing. Images are (N, C, H, W) in the channels_last memory fo
 the device, so a step up to the logits, and from their gradient back, can be captured in a CUDA graph.
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,11 @@ def to_numpy(a: Tensor) -> NumpyArray:
     """Return a tensor as a NumPy array; from the CPU, both share their memory."""
     array: NumpyArray = a.detach().cpu().numpy()
     return array
+
+
+def constant_filters() -> contextlib.AbstractContextManager[None]:
+    """Promise that filters do not change meanwhile; nothing here profits from it."""
+    return contextlib.nullcontext()
 
 
 def copy_into(target: Tensor, source: NumpyArray) -> None:
@@ -222,8 +228,9 @@ def batch_norm(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    relu: bool = False,
 ) -> tuple[Tensor, Any]:
-    """Return y = gamma (x - mean) / sqrt(var + eps) + beta for each channel of (N, C) or (N, C, H, W).
+    """Return y = gamma (x - mean) / sqrt(var + eps) + beta for each channel of (N, C) or (N, C, H, W), or max(y, 0).
 
     Options, running statistics and errors are those of ``cnnmpi.functional.batch_norm``.
     """
@@ -232,12 +239,16 @@ def batch_norm(
         raise ValueError(f"batch normalisation in training needs more than one value per channel, got {shape}")
     x = _channels_last(x)
     y, mean, inv_std = aten.native_batch_norm(x, gamma, beta, running_mean, running_var, training, momentum, eps)
-    return y, (x, gamma, running_mean, running_var, mean, inv_std, training, eps)
+    if relu:
+        y = torch.relu(y)
+    return y, (y if relu else None, (x, gamma, running_mean, running_var, mean, inv_std, training, eps))
 
 
 def batch_norm_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dgamma, dbeta)."""
-    dx, dgamma, dbeta = aten.native_batch_norm_backward(_channels_last(dy), *cache, (True, True, True))
+    y, saved = cache
+    dy = _channels_last(dy) if y is None else relu_backward(dy, y)
+    dx, dgamma, dbeta = aten.native_batch_norm_backward(dy, *saved, (True, True, True))
     return dx, dgamma, dbeta
 
 

@@ -191,8 +191,8 @@ def test_winograd_loses_few_bits() -> None:
 
 def test_winograd_without_the_inputs_gradient() -> None:
     x, W, dy = random(5, 24, 8, 8), random(24, 24, 3, 3, seed=1), random(5, 24, 8, 8, seed=2)
-    _, cache = functional.conv2d(x, W, padding=1)
     with mock.patch.object(blocks, "BLOCK_BYTES", 1), mock.patch.object(conv, "im2col", side_effect=AssertionError):
+        _, cache = functional.conv2d(x, W, padding=1)
         dx, dW, db = functional.conv2d_backward(dy, cache, input_grad=False)
         _, expected, _ = functional.conv2d_backward(dy, cache)
     assert dx is None and db is None
@@ -280,12 +280,13 @@ def test_linear_matches_autograd(N: int, In: int, Out: int, bias: bool, dtype: s
     st.tuples(st.integers(1, 5), st.integers(1, 6)),
     st.one_of(st.just(()), st.tuples(st.integers(1, 5), st.integers(1, 5))),
     st.booleans(),
+    st.booleans(),
     st.sampled_from(sorted(TOLERANCE)),
     st.floats(-2, 2),
     st.data(),
 )
 def test_batch_norm_matches_autograd(
-    NC: tuple[int, int], HW: tuple[int, ...], training: bool, dtype: str, mean: float, data: st.DataObject
+    NC: tuple[int, int], HW: tuple[int, ...], training: bool, relu: bool, dtype: str, mean: float, data: st.DataObject
 ) -> None:
     import torch
 
@@ -299,13 +300,29 @@ def test_batch_norm_matches_autograd(
     expected_running = [torch.tensor(a, dtype=torch.float64) for a in running.values()]
 
     def twin(x: Any, gamma: Any, beta: Any) -> Any:
-        return torch.nn.functional.batch_norm(x, *expected_running, gamma, beta, **how)
+        y = torch.nn.functional.batch_norm(x, *expected_running, gamma, beta, **how)
+        return y.relu() if relu else y
 
     expected = autograd(twin, arrays) + [t.numpy() for t in expected_running]
     with mock.patch.object(blocks, "BLOCK_BYTES", data.draw(st.sampled_from([1, 100, blocks.BLOCK_BYTES]))):
         for F in engines():
-            got = run(F, "batch_norm", arrays, channels_last=data.draw(st.booleans()), **running, **how)
+            got = run(F, "batch_norm", arrays, channels_last=data.draw(st.booleans()), relu=relu, **running, **how)
             assert_close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_with_relu_has_the_bits_of_both_in_turn(training: bool) -> None:
+    x, gamma, beta, dy = (
+        random(*shape, seed=seed) for seed, shape in enumerate([(6, 5, 4, 4), (5,), (5,), (6, 5, 4, 4)])
+    )
+    options = {"running_mean": random(5, seed=5), "running_var": np.ones(5), "training": training}
+    y, cache = functional.batch_norm(x, gamma, beta, relu=True, **{k: np.copy(v) for k, v in options.items()})
+    plain, plain_cache = functional.batch_norm(x, gamma, beta, **{k: np.copy(v) for k, v in options.items()})
+    positive, relu_cache = functional.relu(plain)
+    np.testing.assert_array_equal(y, positive)
+    expected = functional.batch_norm_backward(functional.relu_backward(dy, relu_cache), plain_cache)
+    for got, want in zip(functional.batch_norm_backward(dy, cache), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_batch_norm_does_not_cancel_when_the_mean_is_large() -> None:
@@ -395,6 +412,7 @@ def cases(N: int = 3, C: int = 3, H: int = 7, W: int = 6, dtype: str = "float64"
         "softmax": ("softmax", [rows], (), {}),
         "batch_norm": ("batch_norm", [x, gamma, beta], (), {"training": True, **running}),
         "batch_norm eval": ("batch_norm", [x, gamma, beta], (), {"training": False, **running}),
+        "batch_norm relu": ("batch_norm", [x, gamma, beta], (), {"training": True, "relu": True, **running}),
         "batch_norm 2-D": ("batch_norm", [x[:, :, 0, 0], gamma, beta], (), {"training": True, **running}),
         "max_pool2d": ("max_pool2d", [x], (3,), {"stride": 2, "padding": 1}),
         "avg_pool2d": ("avg_pool2d", [x], ((2, 3),), {"padding": (1, 0)}),

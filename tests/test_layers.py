@@ -178,6 +178,7 @@ ALL_LAYERS = [
     (L.Conv2d(2, 3, 3, stride=2), (2, 2, 7, 7)),
     (L.Linear(4, 3), (2, 4)),
     (L.BatchNorm(2), (3, 2, 4, 4)),
+    (L.BatchNorm(2, relu=True), (3, 2, 4, 4)),
     (L.MaxPool2d(2), (2, 2, 6, 6)),
     (L.AvgPool2d(2), (2, 2, 6, 6)),
     (L.GlobalAvgPool2d(), (2, 2, 6, 6)),

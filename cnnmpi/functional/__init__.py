@@ -28,6 +28,7 @@ from cnnmpi.functional.pool import (
     max_pool2d,
     max_pool2d_backward,
 )
+from cnnmpi.functional.winograd import constant_filters
 
 __all__ = [
     "as_array",
@@ -37,6 +38,7 @@ __all__ = [
     "batch_norm_backward",
     "channels_last_view",
     "col2im",
+    "constant_filters",
     "conv2d",
     "conv2d_backward",
     "copy_into",

@@ -76,8 +76,6 @@ def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: floa
             total += body(block)
         return total
 
-    if not blocks:
-        return body(slice(0, 0))
     first, *others = _for_each(sum_run, [run for run in runs if run])
 
     def add_others(rows: slice) -> None:
@@ -92,8 +90,8 @@ def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: floa
 def _cut(count: int, bytes_each: float) -> list[slice]:
     """Cut ``range(count)`` into pieces of at most BLOCK_BYTES: a power of 2 of nearly equal ones, for threads."""
     most = max(1, int(BLOCK_BYTES // max(bytes_each, 1)))
-    pieces = min(1 << (math.ceil(count / most) - 1).bit_length(), count) if count else 0
-    edges = [count * piece // pieces for piece in range(pieces + 1)] if pieces else [0]
+    pieces = min(1 << (math.ceil(count / most) - 1).bit_length(), count) if count > most else 1
+    edges = [count * piece // pieces for piece in range(pieces + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 

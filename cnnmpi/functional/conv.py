@@ -101,9 +101,9 @@ def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padd
     N, C, H, width = x.shape
     O, _, kH, kW = W.shape
     Ho, Wo = out_size(H, kH, sH, pH), out_size(width, kW, sW, pW)
-    cache = (x, W, b is not None, stride, padding)
     if winograd.suits(x, W, (sH, sW), (pH, pW)):
-        return winograd.conv2d(x, W, b), cache
+        y, patches = winograd.conv2d(x, W, b)
+        return y, (x, W, patches, b is not None, stride, padding)
     Wrows = nhwc(W).reshape(O, kH * kW * C)  # a view: the filters are channels-last, too
     y = np.empty((N, Ho, Wo, O), x.dtype)
 
@@ -114,19 +114,19 @@ def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padd
             rows += b
 
     for_each_block(convolve, N, Ho * Wo * kH * kW * C * x.itemsize)
-    return nchw(y), cache
+    return nchw(y), (x, W, None, b is not None, stride, padding)
 
 
 def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[Array | None, Array, Array | None]:
     """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo); dx is None unless ``input_grad``, db None without a bias."""
-    x, W, has_bias, stride, padding = cache
+    x, W, patches, has_bias, stride, padding = cache
     N, C, H, width = x.shape
     O, _, kH, kW = W.shape
     dy = nchw(nhwc(dy))
     rows = nhwc(dy).reshape(-1, O)
     db = sum_over_blocks(lambda block: column_sums(rows[block]), len(rows), O * x.itemsize) if has_bias else None
-    if winograd.suits(x, W, pair(stride), pair(padding)):
-        return *winograd.conv2d_backward(dy, x, W, input_grad), db
+    if patches is not None:
+        return *winograd.conv2d_backward(dy, x, W, patches, input_grad), db
 
     bytes_each = dy.shape[2] * dy.shape[3] * kH * kW * C * x.itemsize
 

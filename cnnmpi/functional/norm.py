@@ -1,4 +1,4 @@
-"""Batch normalisation, forward and backward (Ioffe and Szegedy, "Batch Normalization", 2015)."""
+"""Batch normalisation, alone or with ReLU, forward and backward (Ioffe and Szegedy, "Batch Normalization", 2015)."""
 
 from typing import Any
 
@@ -65,8 +65,11 @@ def batch_norm(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    relu: bool = False,
 ) -> tuple[Array, Any]:
     """Return y = gamma (x - mean) / sqrt(var + eps) + beta for each channel of (N, C) or (N, C, H, W).
+
+    With ``relu``, return max(y, 0): while a block is in the cache anyway, instead of by a pass over memory of its own.
 
     In training, mean and (biased) variance are those of ``x`` (a shard, in the trainer), and the running ones move in
     place towards them (the variance as unbiased estimate) by the share ``momentum``; otherwise the running ones are
@@ -95,44 +98,50 @@ def batch_norm(
         np.subtract(rows[block], centre, out=part)
         part *= scale
         part += shift
+        if relu:
+            np.maximum(part, 0, out=part)
 
     for_each_block(normalise, len(rows), 2 * rows.strides[0])
-    return _like(y, x), (x, centre, inv_std, gamma, training)
+    return _like(y, x), (x, y if relu else None, centre, inv_std, gamma, training)
 
 
 def batch_norm_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array]:
     """Return (dx, dgamma, dbeta).
 
     With xhat = (x - mean) / std over M samples per channel: dbeta = sum dy, dgamma = sum dy xhat, and in training
-    dx = gamma / std * (dy - dbeta / M - xhat dgamma / M); with fixed statistics dx = gamma / std * dy.
+    dx = gamma / std * (dy - dbeta / M - xhat dgamma / M); with fixed statistics dx = gamma / std * dy. After a ReLU,
+    dy counts only where y > 0.
     """
-    x, centre, inv_std, gamma, training = cache
+    x, y, centre, inv_std, gamma, training = cache
     rows, drows, channels = _rows(x), _rows(dy), x.shape[1]
     repeats = rows.shape[1] // channels
     count = len(rows) * repeats
+    dx = np.empty_like(rows)
+    counted = drows if y is None else dx  # the latter holds what counts of dy until the gradient takes its place
 
     def sums(block: slice) -> Array:
+        if y is not None:
+            np.multiply(drows[block], y[block] > 0, out=counted[block])
         centred = rows[block] - centre
-        centred *= drows[block]
-        return np.stack([_channel_sums(drows[block], channels), _channel_sums(centred, channels)]).astype(np.float64)
+        centred *= counted[block]
+        return np.stack([_channel_sums(counted[block], channels), _channel_sums(centred, channels)]).astype(np.float64)
 
     dbeta, dgamma = sum_over_blocks(sums, len(rows), 3 * rows.strides[0])
     dgamma = dgamma * inv_std
     scale = np.tile((gamma * inv_std).astype(x.dtype), repeats)
     shift = np.tile((dbeta / count).astype(x.dtype), repeats)
     slope = np.tile((inv_std * dgamma / -count).astype(x.dtype), repeats)
-    dx = np.empty_like(rows)
 
     def gradient(block: slice) -> None:
         part = dx[block]
         if training:
-            np.subtract(rows[block], centre, out=part)
-            part *= slope
-            part += drows[block]
+            centred = rows[block] - centre
+            centred *= slope
+            np.add(centred, counted[block], out=part)
             part -= shift
             part *= scale
         else:
-            np.multiply(drows[block], scale, out=part)
+            np.multiply(counted[block], scale, out=part)
 
     for_each_block(gradient, len(rows), 3 * rows.strides[0])
     return _like(dx, x), dgamma.astype(x.dtype), dbeta.astype(x.dtype)

@@ -10,6 +10,9 @@ backward pass is the transpose of each of these linear maps in reverse order, an
 dV = dM U'. A, B and G act along the height and the width of all tiles at once, so they are matrix products, too.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
@@ -54,25 +57,45 @@ def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int])
     return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and whole and min(C, O) >= LEAST_CHANNELS
 
 
-def conv2d(x: Array, W: Array, b: Array | None) -> Array:
-    """Cross-correlate ``x`` (N, C, H, W), H and W whole tiles, with ``W`` (O, C, 3, 3), padding 1: y (N, O, H, W)."""
+_kept: dict[tuple[object, ...], tuple[Array, Array]] | None = None  # filters and their transforms, in constant_filters
+
+
+@contextlib.contextmanager
+def constant_filters() -> Iterator[None]:
+    """Promise that no array that serves as filters changes meanwhile: each is then transformed once, not at each use."""
+    global _kept
+    outer, _kept = _kept, {} if _kept is None else _kept
+    try:
+        yield
+    finally:
+        _kept = outer
+
+
+def conv2d(x: Array, W: Array, b: Array | None) -> tuple[Array, dict[int, Array]]:
+    """Cross-correlate ``x`` (N, C, H, W), H and W whole tiles, with ``W`` (O, C, 3, 3), padding 1.
+
+    Returns y (N, O, H, W) and {first image of a block: its transformed patches V}, which the backward pass needs again.
+    """
     N, _, H, width = x.shape
     O = len(W)
     filters = _transform_filters(W.transpose(2, 3, 1, 0))
     y = np.empty((N, H, width, O), x.dtype)
 
-    def convolve(block: slice) -> None:
-        products = np.matmul(_transform_data(nhwc(x[block])), filters)  # (36, tiles, C) @ (36, C, O)
-        _transform_output(products, y[block])
+    def convolve(block: slice) -> tuple[int, Array]:
+        data = _transform_data(nhwc(x[block]))
+        _transform_output(np.matmul(data, filters), y[block])  # (36, tiles, C) @ (36, C, O)
         if b is not None:
             y[block] += b
+        return block.start, data
 
-    for_each_block(convolve, N, _bytes_each(x, O))
-    return nchw(y)
+    patches = dict(for_each_block(convolve, N, _bytes_each(x, O)))
+    return nchw(y), patches
 
 
-def conv2d_backward(dy: Array, x: Array, W: Array, input_grad: bool) -> tuple[Array | None, Array]:
-    """Return (dx, dW) for ``dy`` (N, O, H, W); dx is None unless ``input_grad``."""
+def conv2d_backward(
+    dy: Array, x: Array, W: Array, patches: dict[int, Array], input_grad: bool
+) -> tuple[Array | None, Array]:
+    """Return (dx, dW) for ``dy`` (N, O, H, W) and what the forward pass kept; dx is None unless ``input_grad``."""
     N, C, H, width = x.shape
     O = len(W)
     filters = _transform_filters(W.transpose(2, 3, 0, 1)) if input_grad else None
@@ -82,7 +105,7 @@ def conv2d_backward(dy: Array, x: Array, W: Array, input_grad: bool) -> tuple[Ar
         dproducts = _transform_output_backward(nhwc(dy[block]))
         if dx is not None and filters is not None:
             _transform_data_backward(np.matmul(dproducts, filters), dx[block])  # (36, tiles, O) @ (36, O, C)
-        dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), _transform_data(nhwc(x[block])))
+        dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), patches[block.start])
         return dfilters
 
     dfilters = sum_over_blocks(gradients, N, _bytes_each(x, O))
@@ -122,6 +145,9 @@ def _by_tiles(x: Array) -> Array:
 def _transform_filters(taps: Array) -> Array:
     """G g G' of each filter: (3, 3, a, b) -> (36, a, b)."""
     a, b = taps.shape[2:]
+    key = (taps.__array_interface__["data"], taps.shape, taps.strides, taps.dtype)
+    if _kept is not None and key in _kept:
+        return _kept[key][1]
     filters = np.empty((PATCH, PATCH, a, b), taps.dtype)
 
     def transform(rows: slice) -> None:
@@ -129,7 +155,10 @@ def _transform_filters(taps: Array) -> Array:
         _along_both(G, some, out=filters[:, :, rows].reshape(PATCH, PATCH, -1))
 
     for_each_block(transform, a, filters[:, :, 0].nbytes)
-    return filters.reshape(PATCH * PATCH, a, b)
+    filters = filters.reshape(PATCH * PATCH, a, b)
+    if _kept is not None:
+        _kept[key] = taps, filters  # with the taps, lest other ones come to lie at their address
+    return filters
 
 
 def _transform_filters_backward(dfilters: Array) -> Array:
@@ -148,8 +177,10 @@ def _transform_filters_backward(dfilters: Array) -> Array:
 def _transform_data(x: Array) -> Array:
     """B' d B of the 6x6 patch around each tile: (n, H, W, C) -> (36, tiles, C)."""
     n, H, W, C = x.shape
-    padded = np.zeros((n, H + 2, W + 2, C), x.dtype)
+    padded = np.empty((n, H + 2, W + 2, C), x.dtype)
     padded[:, 1:-1, 1:-1] = x
+    padded[:, :: H + 1] = 0
+    padded[:, :, :: W + 1] = 0
     image, row, column, channel = padded.strides
     strides = (row, column, image, TILE * row, TILE * column, channel)
     patches = as_strided(padded, (PATCH, PATCH, *_grid(x)), strides, writeable=False)

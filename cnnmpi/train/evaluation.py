@@ -14,7 +14,7 @@ from cnnmpi.train.team import Team
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BATCH = 250  # images evaluated at a time; fixed, so that the bits do not depend on the ranks
+BATCH = 125  # images evaluated at a time; fixed, so that the bits do not depend on the ranks
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,12 @@ class Team:
         self._pool = ThreadPoolExecutor(others, "cnnmpi-shard", initializer=prepare) if others else None
 
     def map(self, body: Callable[[Model, Item], Result], items: Sequence[Item]) -> list[Result]:
-        """Call ``body(model, item)`` for every item, on all threads, and return the results in the items' order."""
-        return share_out(items, [functools.partial(body, model) for model in self.models], self._pool)
+        """Call ``body(model, item)`` for every item, on all threads, and return the results in the items' order.
+
+        The bodies must leave the parameters alone.
+        """
+        with self.models[0].F.constant_filters():
+            return share_out(items, [functools.partial(body, model) for model in self.models], self._pool)
 
     def spread_buffers(self) -> None:
         """Give all models the first one's buffers."""
