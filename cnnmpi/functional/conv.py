@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from cnnmpi.functional import winograd
-from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
+from cnnmpi.functional.blocks import Array, add_bias, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
 
 Size = int | tuple[int, int]
 FEW_CHANNELS = 8  # below that im2col copies along the rows of the image rather than along the channels
@@ -111,7 +111,7 @@ def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padd
         rows = y[block].reshape(-1, O)
         np.matmul(im2col(x[block], kH, kW, stride, padding), Wrows.T, out=rows)
         if b is not None:
-            rows += b
+            add_bias(y[block], b)
 
     for_each_block(convolve, N, Ho * Wo * kH * kW * C * x.itemsize)
     return nchw(y), (x, W, None, b is not None, stride, padding)

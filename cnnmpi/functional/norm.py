@@ -4,21 +4,18 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
+from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks, wide_rows
 
 
 def _rows(x: Array) -> Array:
-    """View (N, C) as it is and (N, C, H, W) as (N * H, W * C): a row holds each channel once or W times.
-
-    NumPy repeats an operation per row, so long rows spare it most of its overhead.
-    """
-    return np.ascontiguousarray(x) if x.ndim == 2 else nhwc(x).reshape(-1, x.shape[1] * x.shape[3])
+    """View (N, C) or (N, C, H, W) as wide_rows."""
+    return wide_rows(np.ascontiguousarray(x) if x.ndim == 2 else nhwc(x), x.shape[1])
 
 
 def _like(rows: Array, x: Array) -> Array:
     """Undo _rows."""
     if x.ndim == 2:
-        return rows
+        return rows.reshape(x.shape)
     N, C, H, W = x.shape
     return nchw(rows.reshape(N, H, W, C))
 
@@ -90,7 +87,7 @@ def batch_norm(
     repeats = rows.shape[1] // channels
     centre = np.tile(mean.astype(x.dtype), repeats)
     scale = np.tile((gamma * inv_std).astype(x.dtype), repeats)
-    shift = np.tile(beta, repeats)
+    shift, zero = np.tile(beta, repeats), np.zeros_like(rows[0])
     y = np.empty_like(rows)
 
     def normalise(block: slice) -> None:
@@ -99,7 +96,7 @@ def batch_norm(
         part *= scale
         part += shift
         if relu:
-            np.maximum(part, 0, out=part)
+            np.maximum(part, zero, out=part)
 
     for_each_block(normalise, len(rows), 2 * rows.strides[0])
     return _like(y, x), (x, y if relu else None, centre, inv_std, gamma, training)

@@ -61,15 +61,12 @@ def max_pool2d_backward(dy: Array, cache: Any) -> Array:
     (N, C, H, W), where, k, stride, padding = cache
     (pH, pW) = pair(padding)
     dx = np.empty((N, H, W, C), dy.dtype)
-    steps = list(zip(pair(stride), pair(k), (H + 2 * pH, W + 2 * pW), strict=True))
-    disjoint = all(step >= size for step, size, _ in steps)
-    covering = all(step == size and whole % size == 0 for step, size, whole in steps)
+    disjoint = all(step >= size for step, size in zip(pair(stride), pair(k), strict=True))
 
     def spread(block: slice) -> None:
         place, dpeak, target = where[block], nhwc(dy[block]), dx[block]
         dpadded = np.empty((len(place), H + 2 * pH, W + 2 * pW, C), dy.dtype) if pH or pW else target
-        if not covering:
-            dpadded[...] = 0
+        dpadded[...] = 0
         for number, dcorner in enumerate(_corners(dpadded, k, stride)):
             hit = place == number
             if disjoint:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc, sum_over_blocks
+from cnnmpi.functional.blocks import Array, add_bias, for_each_block, nchw, nhwc, sum_over_blocks
 
 TILE, FILTER = 4, 3
 PATCH = TILE + FILTER - 1
@@ -62,7 +62,7 @@ _kept: dict[tuple[object, ...], tuple[Array, Array]] | None = None  # filters an
 
 @contextlib.contextmanager
 def constant_filters() -> Iterator[None]:
-    """Promise that no array that serves as filters changes meanwhile: each is then transformed once, not at each use."""
+    """Promise that no array that serves as filters changes meanwhile: each is then transformed once, not every time."""
     global _kept
     outer, _kept = _kept, {} if _kept is None else _kept
     try:
@@ -85,7 +85,7 @@ def conv2d(x: Array, W: Array, b: Array | None) -> tuple[Array, dict[int, Array]
         data = _transform_data(nhwc(x[block]))
         _transform_output(np.matmul(data, filters), y[block])  # (36, tiles, C) @ (36, C, O)
         if b is not None:
-            y[block] += b
+            add_bias(y[block], b)
         return block.start, data
 
     patches = dict(for_each_block(convolve, N, _bytes_each(x, O)))
