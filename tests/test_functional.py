@@ -170,7 +170,8 @@ def test_winograd_equals_im2col(sizes: tuple[int, ...], dtype: str, bias: bool) 
     N, C, O, rows, columns = sizes
     x, W = random(N, C, 4 * rows, 4 * columns, dtype=dtype), random(O, C, 3, 3, seed=1, dtype=dtype)
     arrays = [x, W, random(O, seed=2, dtype=dtype) if bias else None]
-    expected = run(functional, "conv2d", arrays, padding=1)
+    with mock.patch.object(winograd, "LEAST_CHANNELS", 99):
+        expected = run(functional, "conv2d", arrays, padding=1)
     with (
         mock.patch.object(winograd, "LEAST_CHANNELS", 1),
         mock.patch.object(winograd, "PIECE", 7),  # several, and the last one smaller
@@ -197,6 +198,23 @@ def test_winograd_without_the_inputs_gradient() -> None:
         _, expected, _ = functional.conv2d_backward(dy, cache)
     assert dx is None and db is None
     np.testing.assert_array_equal(dW, expected)
+
+
+def test_constant_filters_are_transformed_once_and_never_taken_for_others() -> None:
+    x, W = random(2, 8, 8, 8), random(8, 8, 3, 3)
+
+    def gradients(W: np.ndarray) -> np.ndarray:
+        y, cache = functional.conv2d(x, W, padding=1)
+        return y + functional.conv2d_backward(y, cache)[0]
+
+    expected = [gradients(random(8, 8, 3, 3, seed=seed)) for seed in range(20)]
+    with functional.constant_filters():
+        for seed, one in enumerate(expected):  # each of these arrays may lie where the one before lay
+            np.testing.assert_array_equal(gradients(random(8, 8, 3, 3, seed=seed)), one)
+        before = gradients(W)
+        W *= 2  # breaks the promise, and shows that the transforms were kept
+        np.testing.assert_array_equal(gradients(W), before)
+    assert np.abs(gradients(W) - before).max() > 0.1
 
 
 def test_a_convolution_of_no_images() -> None:
@@ -323,6 +341,13 @@ def test_batch_norm_with_relu_has_the_bits_of_both_in_turn(training: bool) -> No
     expected = functional.batch_norm_backward(functional.relu_backward(dy, relu_cache), plain_cache)
     for got, want in zip(functional.batch_norm_backward(dy, cache), expected, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("N, H, C", [(8, 16, 64), (3, 5, 7), (0, 4, 4), (16, 1, 10000)])
+def test_wide_rows_hold_each_channel_equally_often(N: int, H: int, C: int) -> None:
+    rows = blocks.wide_rows(np.broadcast_to(np.arange(C), (N, H, H, C)).copy(), C)
+    np.testing.assert_array_equal(rows, np.tile(np.arange(C), (len(rows), rows.shape[1] // C)))
+    assert rows.size == N * H * H * C and rows.shape[1] < 2 * max(blocks.WIDE, C)
 
 
 def test_batch_norm_does_not_cancel_when_the_mean_is_large() -> None:

@@ -1,7 +1,8 @@
 """NumPy mathematics, in pairs: ``y, cache = op(x, W, b, option=)`` and ``dx, dW, db = op_backward(dy, cache)``.
 
-Pure functions, no state: positional arguments are differentiated, keyword arguments are not. Images are (N, C, H, W)
-to the caller and channels-last, (N, H, W, C), in memory. ``cnnmpi.functional_torch`` has the same names on tensors.
+Pure functions: positional arguments are differentiated, keyword arguments are not; ``set_threads`` and
+``constant_filters`` change how fast they are, not what they return. Images are (N, C, H, W) to the caller and
+channels-last, (N, H, W, C), in memory. ``cnnmpi.functional_torch`` has the same names on tensors.
 """
 
 from cnnmpi.functional.activation import (
