@@ -127,8 +127,7 @@ def profile(model: str, batch: int, steps: int = 10) -> str:
             layer.forward, layer.backward = timed(forward, layer.forward), timed(backward, layer.backward)
             kinds.setdefault(type(layer).__name__, []).extend([forward, backward])
     side.optimizer.step = timed("optimizer", side.optimizer.step)
-    parts = ["_transform_filters", "_transform_data", "_transform_output"]
-    parts += ["_transform_data_backward", "_transform_output_backward"]
+    parts = [f"_transform_{what}{way}" for what in ("filters", "data", "output") for way in ("", "_backward")]
     original = {(m, n): getattr(m, n) for m, names in ((winograd, parts), (conv, ["im2col"])) for n in names}
     try:
         for (module, name), function in original.items():

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -162,18 +163,19 @@ def test_conv2d_matches_autograd(window: dict[str, Any], O: int, bias: bool, dat
 
 @sweep
 @given(
-    st.tuples(*(st.integers(1, high) for high in (5, 6, 5, 3, 3))),
+    st.tuples(*(st.integers(1, high) for high in (5, 6, 5, 12, 12))),
     st.sampled_from(["float32", "float64"]),
     st.booleans(),
 )
 def test_winograd_equals_im2col(sizes: tuple[int, ...], dtype: str, bias: bool) -> None:
-    N, C, O, rows, columns = sizes
-    x, W = random(N, C, 4 * rows, 4 * columns, dtype=dtype), random(O, C, 3, 3, seed=1, dtype=dtype)
+    N, C, O, height, width = sizes
+    x, W = random(N, C, height, width, dtype=dtype), random(O, C, 3, 3, seed=1, dtype=dtype)
     arrays = [x, W, random(O, seed=2, dtype=dtype) if bias else None]
     with mock.patch.object(winograd, "LEAST_CHANNELS", 99):
         expected = run(functional, "conv2d", arrays, padding=1)
     with (
         mock.patch.object(winograd, "LEAST_CHANNELS", 1),
+        mock.patch.object(winograd, "LEAST_FILLED", 0),
         mock.patch.object(winograd, "PIECE", 7),  # several, and the last one smaller
         mock.patch.object(blocks, "BLOCK_BYTES", 1),  # as many blocks as images
         mock.patch.object(conv, "im2col", side_effect=AssertionError("im2col was called")),
@@ -200,21 +202,40 @@ def test_winograd_without_the_inputs_gradient() -> None:
     np.testing.assert_array_equal(dW, expected)
 
 
+def gradients_by(W: np.ndarray) -> np.ndarray:
+    y, cache = functional.conv2d(random(2, 8, 8, 8), W, padding=1)
+    return y + functional.conv2d_backward(y, cache)[0]
+
+
 def test_constant_filters_are_transformed_once_and_never_taken_for_others() -> None:
-    x, W = random(2, 8, 8, 8), random(8, 8, 3, 3)
-
-    def gradients(W: np.ndarray) -> np.ndarray:
-        y, cache = functional.conv2d(x, W, padding=1)
-        return y + functional.conv2d_backward(y, cache)[0]
-
-    expected = [gradients(random(8, 8, 3, 3, seed=seed)) for seed in range(20)]
+    expected = [gradients_by(random(8, 8, 3, 3, seed=seed)) for seed in range(20)]
+    W = random(8, 8, 3, 3)
     with functional.constant_filters():
         for seed, one in enumerate(expected):  # each of these arrays may lie where the one before lay
-            np.testing.assert_array_equal(gradients(random(8, 8, 3, 3, seed=seed)), one)
-        before = gradients(W)
+            np.testing.assert_array_equal(gradients_by(random(8, 8, 3, 3, seed=seed)), one)
+        before = gradients_by(W)
         W *= 2  # breaks the promise, and shows that the transforms were kept
-        np.testing.assert_array_equal(gradients(W), before)
-    assert np.abs(gradients(W) - before).max() > 0.1
+        np.testing.assert_array_equal(gradients_by(W), before)
+    assert np.abs(gradients_by(W) - before).max() > 0.1
+
+
+def test_the_promise_of_constant_filters_binds_its_own_thread_only() -> None:
+    W, entered, left = random(8, 8, 3, 3), threading.Event(), threading.Event()
+
+    def promise() -> None:
+        with functional.constant_filters():
+            entered.set()
+            left.wait(20)
+
+    other = threading.Thread(target=promise)
+    other.start()
+    entered.wait(20)
+    with functional.constant_filters():  # begins while the other's holds, and ends after it
+        left.set()
+        other.join()
+    before = gradients_by(W)
+    W *= 2
+    assert np.abs(gradients_by(W) - before).max() > 0.1
 
 
 def test_a_convolution_of_no_images() -> None:
@@ -222,6 +243,15 @@ def test_a_convolution_of_no_images() -> None:
         y, cache = functional.conv2d(np.zeros((0, C, 8, 8)), random(24, C, 3, 3), np.zeros(24), padding=1)
         dx, dW, db = functional.conv2d_backward(y, cache)
         assert dx.shape == (0, C, 8, 8) and not dW.any() and not db.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_of_no_images(shape: tuple[int, ...], relu: bool) -> None:
+    x, C = np.zeros(shape), np.ones(3)
+    y, cache = functional.batch_norm(x, C, C, running_mean=C, running_var=C, training=False, relu=relu)
+    dx, dgamma, dbeta = functional.batch_norm_backward(y, cache)
+    assert y.shape == dx.shape == shape and not dgamma.any() and not dbeta.any()
 
 
 @needs_torch
@@ -343,11 +373,14 @@ def test_batch_norm_with_relu_has_the_bits_of_both_in_turn(training: bool) -> No
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("N, H, C", [(8, 16, 64), (3, 5, 7), (0, 4, 4), (16, 1, 10000)])
-def test_wide_rows_hold_each_channel_equally_often(N: int, H: int, C: int) -> None:
+@pytest.mark.parametrize(
+    "N, H, C, width",
+    [(8, 16, 64, 8192), (3, 7, 8, 147 * 8), (31, 15, 14, 465 * 14), (0, 4, 4, 8192), (4, 1, 10000, 10000)],
+)
+def test_wide_rows_hold_each_channel_equally_often(N: int, H: int, C: int, width: int) -> None:
     rows = blocks.wide_rows(np.broadcast_to(np.arange(C), (N, H, H, C)).copy(), C)
-    np.testing.assert_array_equal(rows, np.tile(np.arange(C), (len(rows), rows.shape[1] // C)))
-    assert rows.size == N * H * H * C and rows.shape[1] < 2 * max(blocks.WIDE, C)
+    assert rows.shape == (N * H * H * C // width, width)
+    np.testing.assert_array_equal(rows, np.tile(np.arange(C), (len(rows), width // C)))
 
 
 def test_batch_norm_does_not_cancel_when_the_mean_is_large() -> None:
@@ -418,7 +451,8 @@ def cases(N: int = 3, C: int = 3, H: int = 7, W: int = 6, dtype: str = "float64"
     gamma, beta, mean = (random(C, seed=seed, dtype=dtype) for seed in (3, 4, 5))
     running = {"running_mean": mean, "running_var": abs(mean) + gamma.dtype.type(1)}
     keep = random(*x.shape, seed=6) < 0.2
-    many = random(N, 24, H + -H % 4, W + -W % 4, dtype=dtype)
+    many = random(N, 24, H, W, dtype=dtype)
+    assert H % 4 or H == 32, "so that one of the tiles is not a whole one"
     return {
         "conv2d winograd": ("conv2d", [many, random(24, 24, 3, 3, seed=8, dtype=dtype), None], (), {"padding": 1}),
         "conv2d image": (
@@ -532,8 +566,10 @@ def test_blocks_run_on_as_many_threads_as_set() -> None:
 def test_blocks_cover_everything_once_in_pieces_of_bounded_size(count: int, bytes_each: int) -> None:
     pieces = blocks.for_each_block(lambda block: block, count, bytes_each)
     assert [i for piece in pieces for i in range(count)[piece]] == list(range(count))
-    longest = max((piece.stop - piece.start for piece in pieces), default=0)
-    assert longest <= 1 or longest * bytes_each <= blocks.BLOCK_BYTES
+    sizes = [piece.stop - piece.start for piece in pieces]
+    assert max(sizes) <= 1 or max(sizes) * bytes_each <= blocks.BLOCK_BYTES
+    assert max(sizes) - min(sizes) <= 1
+    assert len(pieces) == count or len(pieces) & (len(pieces) - 1) == 0  # a power of 2, for threads to share
 
 
 def test_input_grad_false_leaves_out_dx_and_nothing_else() -> None:

@@ -6,6 +6,7 @@ the pieces. So the bits of a result do not depend on the number that ``set_threa
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -89,7 +90,7 @@ def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: floa
 
 
 def _cut(count: int, bytes_each: float) -> list[slice]:
-    """Cut ``range(count)`` into pieces of at most BLOCK_BYTES: a power of 2 of nearly equal ones, for threads."""
+    """Cut ``range(count)`` into pieces of at most BLOCK_BYTES, nearly equal ones: a power of 2 of them, or one each."""
     most = max(1, int(BLOCK_BYTES // max(bytes_each, 1)))
     pieces = min(1 << (math.ceil(count / most) - 1).bit_length(), count) if count > most else 1
     edges = [count * piece // pieces for piece in range(pieces + 1)]
@@ -144,19 +145,21 @@ def nchw(x: Array) -> Array:
 
 
 def wide_rows(x: Array, channels: int) -> Array:
-    """View contiguous channels-last ``x`` as rows that hold each channel as often as makes WIDE numbers, or less often.
-
-    How often is a power of 2 that divides the number of positions.
-    """
+    """View contiguous channels-last ``x`` as rows of equally many positions: as many as can be up to WIDE numbers."""
     positions = x.size // channels
-    together = math.gcd(positions, 1 << (math.ceil(WIDE / channels) - 1).bit_length())
+    together = _largest_divisor(positions, math.ceil(WIDE / channels))
     return x.reshape(positions // together, together * channels)
 
 
+@functools.lru_cache(1024)
+def _largest_divisor(number: int, limit: int) -> int:
+    return next(n for n in range(limit, 0, -1) if number % n == 0)
+
+
 def add_bias(y: Array, b: Array) -> None:
-    """Add ``b`` (C,) in place to all positions of contiguous channels-last ``y``."""
-    rows = wide_rows(y, len(b))
-    rows += np.tile(b, rows.shape[1] // len(b))
+    """Add ``b`` (C,) in place to all positions of contiguous ``y`` (n, H, W, C)."""
+    rows = wide_rows(y, y.shape[-1])
+    rows += np.tile(b, rows.shape[1] // y.shape[-1])
 
 
 def column_sums(rows: Array) -> Array:

@@ -87,7 +87,7 @@ def batch_norm(
     repeats = rows.shape[1] // channels
     centre = np.tile(mean.astype(x.dtype), repeats)
     scale = np.tile((gamma * inv_std).astype(x.dtype), repeats)
-    shift, zero = np.tile(beta, repeats), np.zeros_like(rows[0])
+    shift, zero = np.tile(beta, repeats), np.zeros(rows.shape[1], x.dtype)
     y = np.empty_like(rows)
 
     def normalise(block: slice) -> None:
@@ -112,7 +112,7 @@ def batch_norm_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array]:
     x, y, centre, inv_std, gamma, training = cache
     rows, drows, channels = _rows(x), _rows(dy), x.shape[1]
     repeats = rows.shape[1] // channels
-    count = len(rows) * repeats
+    count = max(len(rows) * repeats, 1)
     dx = np.empty_like(rows)
     counted = drows if y is None else dx  # the latter holds what counts of dy until the gradient takes its place
 

@@ -12,6 +12,7 @@ dV = dM U'. A, B and G act along the height and the width of all tiles at once, 
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -25,6 +26,7 @@ PATCH = TILE + FILTER - 1
 # networks: efficient point selection", 2022, search for such points).
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 PIECE = 1 << 14  # places that the maps treat at a time: what lies between height and width then stays in the cache
+LEAST_FILLED = 0.6  # of the whole tiles that an image is extended to: below that im2col is at times the faster way
 LEAST_CHANNELS = 4  # in and out: with 3, as in images, im2col is as fast, and its forward pass faster
 
 
@@ -53,26 +55,18 @@ AT, BT, G = _cook_toom(POINTS)
 def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Say whether this way is the faster one: by shapes only, so that the bits of a result do not depend on timing."""
     O, C, kH, kW = W.shape
-    whole = x.shape[2] % TILE == 0 and x.shape[3] % TILE == 0
-    return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and whole and min(C, O) >= LEAST_CHANNELS
+    H, width = x.shape[2:]
+    filled = H * width >= LEAST_FILLED * _whole(H) * _whole(width)
+    return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and filled and min(C, O) >= LEAST_CHANNELS
 
 
-_kept: dict[tuple[object, ...], tuple[Array, Array]] | None = None  # filters and their transforms, in constant_filters
-
-
-@contextlib.contextmanager
-def constant_filters() -> Iterator[None]:
-    """Promise that no array that serves as filters changes meanwhile: each is then transformed once, not every time."""
-    global _kept
-    outer, _kept = _kept, {} if _kept is None else _kept
-    try:
-        yield
-    finally:
-        _kept = outer
+def _whole(size: int) -> int:
+    """Return ``size``, rounded up to whole tiles."""
+    return -(-size // TILE) * TILE
 
 
 def conv2d(x: Array, W: Array, b: Array | None) -> tuple[Array, dict[int, Array]]:
-    """Cross-correlate ``x`` (N, C, H, W), H and W whole tiles, with ``W`` (O, C, 3, 3), padding 1.
+    """Cross-correlate ``x`` (N, C, H, W) with ``W`` (O, C, 3, 3), padding 1.
 
     Returns y (N, O, H, W) and {first image of a block: its transformed patches V}, which the backward pass needs again.
     """
@@ -98,24 +92,24 @@ def conv2d_backward(
     """Return (dx, dW) for ``dy`` (N, O, H, W) and what the forward pass kept; dx is None unless ``input_grad``."""
     N, C, H, width = x.shape
     O = len(W)
-    filters = _transform_filters(W.transpose(2, 3, 0, 1)) if input_grad else None
-    dx = np.empty((N, H, width, C), x.dtype) if input_grad else None
+    if input_grad:
+        filters, dx = _transform_filters(W.transpose(2, 3, 0, 1)), np.empty((N, H, width, C), x.dtype)
 
     def gradients(block: slice) -> Array:
         dproducts = _transform_output_backward(nhwc(dy[block]))
-        if dx is not None and filters is not None:
+        if input_grad:
             _transform_data_backward(np.matmul(dproducts, filters), dx[block])  # (36, tiles, O) @ (36, O, C)
         dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), patches[block.start])
         return dfilters
 
     dfilters = sum_over_blocks(gradients, N, _bytes_each(x, O))
-    return None if dx is None else nchw(dx), _transform_filters_backward(dfilters)
+    return nchw(dx) if input_grad else None, _transform_filters_backward(dfilters)
 
 
 def _bytes_each(x: Array, O: int) -> float:
     """Return the memory that one image, with ``O`` output channels, takes after both transforms."""
     _, C, H, width = x.shape
-    return float(PATCH * PATCH * H * width * (O + C) * x.itemsize / (TILE * TILE))
+    return float(PATCH * PATCH * _whole(H) * _whole(width) * (O + C) * x.itemsize / (TILE * TILE))
 
 
 def _along_both(matrix: Array, planes: Array, out: Array | None = None) -> Array:
@@ -131,23 +125,41 @@ def _along_both(matrix: Array, planes: Array, out: Array | None = None) -> Array
 
 
 def _grid(x: Array) -> tuple[int, int, int, int]:
-    """Return how the tiles of ``x`` (n, H, W, C) lie: (n, H / 4, W / 4, C)."""
+    """Return how the tiles of ``x`` (n, H, W, C) lie: (n, H / 4, W / 4, C), rounded up."""
     n, H, W, C = x.shape
-    return n, H // TILE, W // TILE, C
+    return n, _whole(H) // TILE, _whole(W) // TILE, C
 
 
 def _by_tiles(x: Array) -> Array:
-    """View ``x`` (n, H, W, C) by the places in a tile: (4, 4, n, H / 4, W / 4, C)."""
+    """View ``x`` (n, H, W, C), of whole tiles, by the places in a tile: (4, 4, n, H / 4, W / 4, C)."""
     n, rows, columns, C = _grid(x)
     return x.reshape(n, rows, TILE, columns, TILE, C).transpose(2, 4, 0, 1, 3, 5)
 
 
+Kept = dict[tuple[object, ...], tuple[Array, Array]]  # where an array lies and how: the array, and its transform
+_kept: ContextVar[Kept | None] = ContextVar("kept filters", default=None)
+
+
+@contextlib.contextmanager
+def constant_filters() -> Iterator[None]:
+    """Promise that arrays which serve as filters keep their values meanwhile: each is then transformed only once.
+
+    Holds for the calling thread, and for others that run in a copy of its context (``contextvars``).
+    """
+    outer = _kept.get()
+    token = _kept.set({} if outer is None else outer)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def _transform_filters(taps: Array) -> Array:
-    """G g G' of each filter: (3, 3, a, b) -> (36, a, b)."""
+    """G g G' of each filter: (3, 3, a, b) -> (36, a, b). Within constant_filters, that of an array is kept."""
+    kept, key = _kept.get(), (taps.__array_interface__["data"], taps.shape, taps.strides, taps.dtype)
+    if kept is not None and key in kept:
+        return kept[key][1]
     a, b = taps.shape[2:]
-    key = (taps.__array_interface__["data"], taps.shape, taps.strides, taps.dtype)
-    if _kept is not None and key in _kept:
-        return _kept[key][1]
     filters = np.empty((PATCH, PATCH, a, b), taps.dtype)
 
     def transform(rows: slice) -> None:
@@ -156,8 +168,8 @@ def _transform_filters(taps: Array) -> Array:
 
     for_each_block(transform, a, filters[:, :, 0].nbytes)
     filters = filters.reshape(PATCH * PATCH, a, b)
-    if _kept is not None:
-        _kept[key] = taps, filters  # with the taps, lest other ones come to lie at their address
+    if kept is not None:
+        kept[key] = taps, filters  # with the taps, lest other ones come to lie at their address
     return filters
 
 
@@ -177,10 +189,9 @@ def _transform_filters_backward(dfilters: Array) -> Array:
 def _transform_data(x: Array) -> Array:
     """B' d B of the 6x6 patch around each tile: (n, H, W, C) -> (36, tiles, C)."""
     n, H, W, C = x.shape
-    padded = np.empty((n, H + 2, W + 2, C), x.dtype)
-    padded[:, 1:-1, 1:-1] = x
-    padded[:, :: H + 1] = 0
-    padded[:, :, :: W + 1] = 0
+    padded = np.empty((n, _whole(H) + 2, _whole(W) + 2, C), x.dtype)
+    padded[:, 1 : H + 1, 1 : W + 1] = x
+    padded[:, :1], padded[:, H + 1 :], padded[:, :, :1], padded[:, :, W + 1 :] = 0, 0, 0, 0
     image, row, column, channel = padded.strides
     strides = (row, column, image, TILE * row, TILE * column, channel)
     patches = as_strided(padded, (PATCH, PATCH, *_grid(x)), strides, writeable=False)
@@ -189,14 +200,26 @@ def _transform_data(x: Array) -> Array:
 
 def _transform_output(products: Array, y: Array) -> None:
     """A' m A of each 6x6 array of products: (36, tiles, O) -> ``y`` (n, H, W, O)."""
-    tiles = _along_both(AT, products.reshape(PATCH, PATCH, -1))
-    _by_tiles(y)[...] = tiles.reshape(TILE, TILE, *_grid(y))
+    tiles = _along_both(AT, products.reshape(PATCH, PATCH, -1)).reshape(TILE, TILE, *_grid(y))
+    _put_tiles(tiles, y)
+
+
+def _put_tiles(tiles: Array, image: Array) -> None:
+    """Copy (4, 4, n, H / 4, W / 4, C) to their places in ``image`` (n, H, W, C); drop what lies beyond its edges."""
+    n, H, W, C = image.shape
+    whole = image if (_whole(H), _whole(W)) == (H, W) else np.empty((n, _whole(H), _whole(W), C), image.dtype)
+    _by_tiles(whole)[...] = tiles
+    if whole is not image:
+        image[...] = whole[:, :H, :W]
 
 
 def _transform_output_backward(dy: Array) -> Array:
     """Transpose of _transform_output: (n, H, W, O) -> (36, tiles, O)."""
-    tiles = np.ascontiguousarray(_by_tiles(dy)).reshape(TILE, TILE, -1)
-    return _along_both(AT.T, tiles).reshape(PATCH * PATCH, -1, dy.shape[3])
+    _, H, W, O = dy.shape
+    rest = _whole(H) - H, _whole(W) - W
+    whole = np.pad(dy, ((0, 0), (0, rest[0]), (0, rest[1]), (0, 0))) if any(rest) else dy
+    tiles = np.ascontiguousarray(_by_tiles(whole)).reshape(TILE, TILE, -1)
+    return _along_both(AT.T, tiles).reshape(PATCH * PATCH, -1, O)
 
 
 def _transform_data_backward(ddata: Array, dx: Array) -> None:
@@ -213,4 +236,4 @@ def _transform_data_backward(ddata: Array, dx: Array) -> None:
     both = rows[:, inner]
     both[:, 0, :, :, 1:] += rows[:, -1, :, :, :-1]
     both[:, -1, :, :, :-1] += rows[:, 0, :, :, 1:]
-    _by_tiles(dx)[...] = both
+    _put_tiles(both, dx)

@@ -78,11 +78,12 @@ def evaluate_unless(
     parts: list[tuple[float, Array]] = []
     together = max(ranks.gather(len(team.models))) * ranks.size * BATCH  # images that all threads of all ranks take
     stopped = False
-    for first in range(0, len(images), together):
-        starts = range(first + ranks.rank * BATCH, min(first + together, len(images)), ranks.size * BATCH)
-        parts += team.map(evaluate_batch, starts)
-        if stopped := stop():
-            break
+    with team.models[0].F.constant_filters():
+        for first in range(0, len(images), together):
+            starts = range(first + ranks.rank * BATCH, min(first + together, len(images)), ranks.size * BATCH)
+            parts += team.map(evaluate_batch, starts)
+            if stopped := stop():
+                break
     for member in team.models:
         member.train_mode(training)
     if stopped:

@@ -1,6 +1,6 @@
 """The threads of one rank: each works on shards, or on batches in evaluation, with a model of its own."""
 
-import functools
+import contextvars
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,10 +39,15 @@ class Team:
     def map(self, body: Callable[[Model, Item], Result], items: Sequence[Item]) -> list[Result]:
         """Call ``body(model, item)`` for every item, on all threads, and return the results in the items' order.
 
-        The bodies must leave the parameters alone.
+        The bodies must leave the values of parameters and fixed filters as they are.
         """
+
+        def with_model(model: Model) -> Callable[[Item], Result]:
+            context = contextvars.copy_context()  # one for each thread; they share the transformed filters
+            return lambda item: context.run(body, model, item)
+
         with self.models[0].F.constant_filters():
-            return share_out(items, [functools.partial(body, model) for model in self.models], self._pool)
+            return share_out(items, [with_model(model) for model in self.models], self._pool)
 
     def spread_buffers(self) -> None:
         """Give all models the first one's buffers."""
