@@ -217,6 +217,8 @@ def test_constant_filters_are_transformed_once_and_never_taken_for_others() -> N
         W *= 2  # breaks the promise, and shows that the transforms were kept
         np.testing.assert_array_equal(gradients_by(W), before)
     assert np.abs(gradients_by(W) - before).max() > 0.1
+    with functional.constant_filters():  # such as the next step's
+        assert np.abs(gradients_by(W) - before).max() > 0.1
 
 
 def test_the_promise_of_constant_filters_binds_its_own_thread_only() -> None:
@@ -236,6 +238,12 @@ def test_the_promise_of_constant_filters_binds_its_own_thread_only() -> None:
     before = gradients_by(W)
     W *= 2
     assert np.abs(gradients_by(W) - before).max() > 0.1
+
+
+@pytest.mark.parametrize("C", [3, 8])
+def test_a_bias_of_another_length_is_refused(C: int) -> None:
+    with pytest.raises(ValueError, match="broadcast"):
+        functional.conv2d(random(2, C, 8, 8), random(4, C, 3, 3), random(8), padding=1)
 
 
 def test_a_convolution_of_no_images() -> None:
