@@ -12,9 +12,7 @@ def relu(x: Array) -> tuple[Array, Any]:
     """Return max(x, 0), element by element."""
     x = nhwc(x) if x.ndim == 4 else x
     y = np.empty_like(x)
-    zero = np.zeros(
-        x.shape[1:], x.dtype
-    )  # an image of them: NumPy's maximum with a single number takes 3 times as long
+    zero = np.zeros(x.shape[1:], x.dtype)  # a whole image: NumPy's maximum with one number takes 3 times as long
     for_each_block(lambda block: np.maximum(x[block], zero, out=y[block]), len(x), x[:1].nbytes)
     y = nchw(y) if y.ndim == 4 else y
     return y, y
