@@ -6,6 +6,7 @@ channels-last, (N, H, W, C), in memory. ``cnnmpi.functional_torch`` has the same
 """
 
 from cnnmpi.functional.activation import (
+    add,
     cross_entropy_loss,
     dropout,
     dropout_backward,
@@ -32,6 +33,7 @@ from cnnmpi.functional.pool import (
 from cnnmpi.functional.winograd import constant_filters
 
 __all__ = [
+    "add",
     "as_array",
     "avg_pool2d",
     "avg_pool2d_backward",

@@ -9,7 +9,8 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -113,14 +114,14 @@ def share_out(
     if pool is None or len(items) <= 1:
         return [bodies[0](item) for item in items]
     results: list[Any] = [None] * len(items)
-    queue = iter(list(enumerate(items)))
+    queue = deque(enumerate(items))
 
     def work(body: Callable[[Item], Result]) -> None:
         try:
-            for index, item in queue:
+            for index, item in _taken_from(queue):
                 results[index] = body(item)
         except BaseException:
-            list(queue)  # nobody takes another item
+            queue.clear()  # nobody takes another item
             raise
 
     helpers = [pool.submit(work, body) for body in bodies[1:]]
@@ -132,6 +133,16 @@ def share_out(
     for helper in begun:
         helper.result()
     return results
+
+
+def _taken_from(queue: deque[Item]) -> Iterator[Item]:
+    """Yield what is taken from the front of ``queue``, on any number of threads, until it is empty."""
+    while True:
+        try:
+            item = queue.popleft()  # an iterator that threads share may give an item twice where there is no GIL
+        except IndexError:
+            return
+        yield item
 
 
 def nhwc(x: Array) -> Array:

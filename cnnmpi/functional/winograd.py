@@ -189,9 +189,8 @@ def _transform_filters_backward(dfilters: Array) -> Array:
 def _transform_data(x: Array) -> Array:
     """B' d B of the 6x6 patch around each tile: (n, H, W, C) -> (36, tiles, C)."""
     n, H, W, C = x.shape
-    padded = np.empty((n, _whole(H) + 2, _whole(W) + 2, C), x.dtype)
+    padded = np.zeros((n, _whole(H) + 2, _whole(W) + 2, C), x.dtype)
     padded[:, 1 : H + 1, 1 : W + 1] = x
-    padded[:, :1], padded[:, H + 1 :], padded[:, :, :1], padded[:, :, W + 1 :] = 0, 0, 0, 0
     image, row, column, channel = padded.strides
     strides = (row, column, image, TILE * row, TILE * column, channel)
     patches = as_strided(padded, (PATCH, PATCH, *_grid(x)), strides, writeable=False)

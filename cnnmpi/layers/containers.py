@@ -77,11 +77,11 @@ class Residual(Layer):
         if y.shape != skip.shape:
             shapes = f"{tuple(y.shape)}, its shortcut {tuple(skip.shape)}"
             raise ValueError(f"{self.name} Residual: the body gives {shapes}: they must be equal".strip())
-        return y + skip
+        return self.F.add(y, skip)
 
     def backward(self, dout: Array) -> Array:
         """Both paths receive dout; their gradients add up."""
-        return self.body.backward(dout) + self.shortcut.backward(dout)
+        return self.F.add(self.body.backward(dout), self.shortcut.backward(dout))
 
     def _options(self) -> str:
         return f"{self.body!r}, {self.shortcut!r}"
