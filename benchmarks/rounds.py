@@ -9,6 +9,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,13 @@ def refuse_slow_blas() -> None:
 
 def hardware() -> str:
     """Name the machine, the packages and the BLAS kernels that run."""
-    import torch
+    try:
+        import torch
 
+        pytorch = f"PyTorch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
+    except ImportError:
+        pytorch = "no PyTorch"
+    python = platform.python_version() + (" without GIL" if sysconfig.get_config_var("Py_GIL_DISABLED") else "")
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
@@ -135,7 +141,6 @@ def hardware() -> str:
     np.ones((2, 2)) @ np.ones((2, 2))
     kernels = {str(i.get("architecture")) for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"}
     return (
-        f"{datetime.date.today()}, {model}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, "
-        f"NumPy {np.__version__} with OpenBLAS kernels {', '.join(sorted(kernels))}, PyTorch {torch.__version__} "
-        f"({torch.backends.cpu.get_cpu_capability()})"
+        f"{datetime.date.today()}, {model}, {len(os.sched_getaffinity(0))} cores; Python {python}, "
+        f"NumPy {np.__version__} with OpenBLAS kernels {', '.join(sorted(kernels))}, {pytorch}"
     )

@@ -3,6 +3,7 @@
     python -m benchmarks.scaling [--model smallresnet]
 
 cnnmpi trains from its data set, with augmentation and exact reduction; DDP gets the same ready-made batch each time.
+Two processes that share nothing but the machine, on a batch each, show what its cores can give at most.
 """
 
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from benchmarks.rounds import Competitor, hardware, options, ratios, refuse_slow_blas, spread, table, take_turns
 
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+APART = "2 processes, a whole batch each"
 MPIRUN = shutil.which("mpirun", path=PATH) or "mpirun"
 
 
@@ -25,6 +27,7 @@ def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
     }
     for count in range(2, most_ranks + 1, 2):
         sides[f"{count} ranks, 1 thread"] = Competitor("ranks", model, batch, 1, (MPIRUN, "-n", str(count)))
+    sides[APART] = Competitor("apart", model, batch, 1, (MPIRUN, "-n", "2"))
     ddp = ["DDP, 2 processes", "DDP channels_last, 2 processes"]
     for name, kind in zip(ddp, ("ddp", "ddp channels_last"), strict=True):
         sides[name] = Competitor(kind, model, batch, 1)
@@ -34,10 +37,17 @@ def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
         if side.failure:
             rows.append([name, f"does not work here: {side.failure[:60]}", ""])
         else:
-            rows.append([name, spread(side.seconds), f"{batch / statistics.median(side.seconds):.0f}"])
+            images = 2 * batch if name == APART else batch
+            rows.append([name, spread(side.seconds), f"{images / statistics.median(side.seconds):.0f}"])
         side.close()
     words = [ratios(sides, "2 ranks, 1 thread", ["1 process, 1 thread", *ddp]),
              ratios(sides, "1 process, 2 threads", ["1 process, 1 thread"])]  # fmt: skip
+    if alone := [
+        one / two for one, two in zip(sides["1 process, 1 thread"].seconds, sides[APART].seconds, strict=False)
+    ]:
+        words.append(
+            f"This machine does {2 * statistics.median(alone):.2f} times as much in two such processes as in one"
+        )
     return (
         f"### {model}, global batch {batch}\n\n{table(['', 'ms a step (quartiles)', 'images/s'], rows)}\n\n"
         f"{rounds} rounds. {'. '.join(words)}.\n"

@@ -3,7 +3,8 @@
     python -m benchmarks.worker KIND MODEL BATCH THREADS
 
 ``check FILE`` writes logits and gradients of the first step, ``steps N`` answers the seconds that N steps took,
-``memory`` the peak resident memory in MiB since the imports. Under mpirun, rank 0 listens for all.
+``memory`` the peak resident memory in MiB since the imports. Under mpirun, rank 0 listens for all: "ranks" train
+together, of those "apart" each trains a model of its own on a whole batch.
 """
 
 import datetime
@@ -185,9 +186,9 @@ def serve_ranks(ranks: Ranks, step: Callable[[], Any]) -> None:
 
 def main() -> None:
     kind, model, batch, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    if kind == "ranks":
+    if kind in ("ranks", "apart"):
         ranks = start()
-        serve_ranks(ranks, Trained(ranks, model, batch, threads).step)
+        serve_ranks(ranks, Trained(ranks if kind == "ranks" else Ranks(), model, batch, threads).step)
         return
     if kind.startswith("ddp"):
         import torch.multiprocessing as mp

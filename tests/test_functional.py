@@ -9,6 +9,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -566,6 +567,33 @@ def test_blocks_run_on_as_many_threads_as_set() -> None:
     functional.set_threads(2)
     arrived = blocks.for_each_block(lambda block: both.wait(timeout=20), 2, blocks.BLOCK_BYTES)
     assert sorted(arrived) == [0, 1]  # neither block could have passed alone
+
+
+def test_every_item_is_done_once_by_one_of_the_threads() -> None:
+    done: list[int] = []
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(100):  # with one list iterator for all, a Python without GIL gave items twice in 2 of 3 rounds
+            done.clear()
+            results = blocks.share_out(range(200), [lambda i: done.append(i) or -i] * 4, pool)
+            assert sorted(done) == list(range(200))
+            assert results == [-i for i in range(200)]
+
+
+def test_an_error_on_a_thread_ends_the_work_of_all_and_is_raised() -> None:
+    begun = threading.Event()
+
+    def body(i: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            begun.wait(timeout=20)
+            done.append(i)
+        else:
+            begun.set()
+            raise ValueError("here")
+
+    done: list[int] = []
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="here"):
+        blocks.share_out(range(1_000_000), [body, body], pool)
+    assert len(done) < 999_999  # all but the other thread's
 
 
 @sweep

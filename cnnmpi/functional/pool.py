@@ -47,6 +47,7 @@ def max_pool2d(x: Array, k: Size, *, stride: Size | None = None, padding: Size =
         best[...], place[...] = next(corners)[1], 0
         greater, later = np.empty(best.shape, bool), np.empty_like(place)
         for number, corner in corners:
+            corner = np.ascontiguousarray(corner)  # read twice: NumPy is fast on long rows only
             np.greater(corner, best, out=greater)  # so that the first of several equal numbers wins, as in torch
             np.multiply(greater.view(np.uint8), place.dtype.type(number), out=later)
             np.maximum(place, later, out=place)
