@@ -9,7 +9,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,8 @@ def hardware() -> str:
         pytorch = f"PyTorch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
     except ImportError:
         pytorch = "no PyTorch"
-    python = platform.python_version() + (" without GIL" if sysconfig.get_config_var("Py_GIL_DISABLED") else "")
+    locked = getattr(sys, "_is_gil_enabled", lambda: True)()  # since Python 3.13
+    python = platform.python_version() + ("" if locked else " without GIL")
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),

@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--model smallresnet]
 
 cnnmpi trains from its data set, with augmentation and exact reduction; DDP gets the same ready-made batch each time.
-Two processes that share nothing but the machine, on a batch each, show what its cores can give at most.
+Two processes that share nothing but the machine, on a batch each, show what two of its cores give at most.
 """
 
 import os

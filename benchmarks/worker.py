@@ -165,7 +165,10 @@ def serve(answers: dict[str, Callable[[str], Any]]) -> None:
 
 
 def serve_ranks(ranks: Ranks, step: Callable[[], Any]) -> None:
-    """Let all ranks do the steps that rank 0 is asked for; between requests nobody keeps a core busy."""
+    """Let all ranks do the steps that rank 0 is asked for, and answer the slowest one's time.
+
+    Between requests nobody keeps a core busy.
+    """
     asked = np.zeros(1, np.int64)
 
     def agree(count: int) -> int:
@@ -177,11 +180,11 @@ def serve_ranks(ranks: Ranks, step: Callable[[], Any]) -> None:
         return int(asked[0])
 
     if ranks.rank == 0:
-        serve({"steps": lambda count: timed(step, agree(int(count)))})
+        serve({"steps": lambda count: max(ranks.gather(timed(step, agree(int(count)))))})
         agree(-1)
     else:
         while (count := agree(0)) >= 0:
-            timed(step, count)
+            ranks.gather(timed(step, count))
 
 
 def main() -> None:

@@ -373,7 +373,7 @@ class ExactReducer(Reducer):
 
     dtype = np.int64
     ONE = 2.0**40
-    CHUNK = 1 << 16  # values converted at a time, so that they stay in the cache
+    CHUNK = 1 << 16  # values converted at a time: few enough to stay in the caches, many enough not to hurry threads
 
     def __init__(self, ranks: Ranks, shards: int, sizes: Sequence[int], names: Sequence[tuple[str, int]] = ()) -> None:
         super().__init__(ranks, shards, sizes, names)

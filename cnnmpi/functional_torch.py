@@ -139,7 +139,9 @@ def linear_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor | No
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """Return x + y, of equal shapes."""
+    """Return x + y. Raises ValueError unless the shapes are equal."""
+    if x.shape != y.shape:
+        raise ValueError(f"add: expected two arrays of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     return x + y
 
 

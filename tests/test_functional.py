@@ -3,11 +3,13 @@
 Torch computes the expected values in float64, so that a difference is our own rounding and not torch's.
 """
 
+import contextvars
 import importlib.util
 import inspect
 import itertools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -239,6 +241,15 @@ def test_the_promise_of_constant_filters_binds_its_own_thread_only() -> None:
     before = gradients_by(W)
     W *= 2
     assert np.abs(gradients_by(W) - before).max() > 0.1
+
+
+def test_the_promise_of_constant_filters_ends_for_copies_of_the_context_too() -> None:
+    W = random(8, 8, 3, 3)
+    with functional.constant_filters():
+        context = contextvars.copy_context()  # such as a thread keeps that begins here, where Python has no GIL
+        before = context.run(gradients_by, W)
+    W *= 2
+    assert np.abs(context.run(gradients_by, W) - before).max() > 0.1
 
 
 @pytest.mark.parametrize("C", [3, 8])
@@ -560,9 +571,22 @@ def test_the_number_of_threads_does_not_change_a_bit(label: str, monkeypatch: py
         assert a.tobytes() == b.tobytes()
 
 
-def test_blocks_run_on_as_many_threads_as_set() -> None:
-    import threading
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_add_is_the_sum_and_refuses_to_repeat_or_cut(threads: int, nhwc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)  # many blocks
+    x, y = in_memory(random(9, 4, 5, 6), nhwc), random(9, 4, 5, 6, seed=1)
+    single = x.astype(np.float32)
+    for F in engines():
+        F.set_threads(threads)
+        np.testing.assert_array_equal(F.to_numpy(F.add(convert(F, x), convert(F, y))), x + y)
+        for shape in ((4, 5, 6), (3, 4, 5, 6), (9, 1, 5, 6)):
+            with pytest.raises(ValueError, match="add: expected two arrays of one shape"):
+                F.add(convert(F, x), convert(F, random(*shape)))
+    np.testing.assert_array_equal(functional.add(single, y), single + y)  # float64, as NumPy has it
 
+
+def test_blocks_run_on_as_many_threads_as_set() -> None:
     both = threading.Barrier(2)
     functional.set_threads(2)
     arrived = blocks.for_each_block(lambda block: both.wait(timeout=20), 2, blocks.BLOCK_BYTES)
@@ -572,28 +596,25 @@ def test_blocks_run_on_as_many_threads_as_set() -> None:
 def test_every_item_is_done_once_by_one_of_the_threads() -> None:
     done: list[int] = []
     with ThreadPoolExecutor(3) as pool:
-        for _ in range(100):  # with one list iterator for all, a Python without GIL gave items twice in 2 of 3 rounds
+        for _ in range(100):  # with one list iterator for all, Python without GIL gave items twice in most rounds
             done.clear()
             results = blocks.share_out(range(200), [lambda i: done.append(i) or -i] * 4, pool)
             assert sorted(done) == list(range(200))
             assert results == [-i for i in range(200)]
 
 
-def test_an_error_on_a_thread_ends_the_work_of_all_and_is_raised() -> None:
-    begun = threading.Event()
+def test_an_error_on_the_calling_thread_ends_the_work_of_the_others() -> None:
+    done: list[int] = []
 
     def body(i: int) -> None:
         if threading.current_thread() is threading.main_thread():
-            begun.wait(timeout=20)
-            done.append(i)
-        else:
-            begun.set()
             raise ValueError("here")
+        time.sleep(0.001)
+        done.append(i)
 
-    done: list[int] = []
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="here"):
-        blocks.share_out(range(1_000_000), [body, body], pool)
-    assert len(done) < 999_999  # all but the other thread's
+        blocks.share_out(range(1000), [body, body], pool)
+    assert len(done) < 900
 
 
 @sweep

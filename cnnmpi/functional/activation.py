@@ -9,8 +9,10 @@ from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc
 
 
 def add(x: Array, y: Array) -> Array:
-    """Return x + y, of equal shapes: where two paths meet."""
-    total = np.empty_like(x)
+    """Return x + y, where two paths meet; the sum's gradient is that of both. Raises ValueError for unequal shapes."""
+    if x.shape != y.shape:
+        raise ValueError(f"add: expected two arrays of one shape, got {x.shape} and {y.shape}")
+    total = np.empty_like(x, dtype=np.result_type(x, y))
     for_each_block(lambda block: np.add(x[block], y[block], out=total[block]), len(x), 3 * x[:1].nbytes)
     return total
 

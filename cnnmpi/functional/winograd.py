@@ -137,26 +137,33 @@ def _by_tiles(x: Array) -> Array:
 
 
 Kept = dict[tuple[object, ...], tuple[Array, Array]]  # where an array lies and how: the array, and its transform
-_kept: ContextVar[Kept | None] = ContextVar("kept filters", default=None)
+_kept: ContextVar[list[Kept]] = ContextVar("kept filters")  # one dict, or none once the promise has ended
 
 
 @contextlib.contextmanager
 def constant_filters() -> Iterator[None]:
-    """Promise that arrays which serve as filters keep their values meanwhile: each is then transformed only once.
+    """Promise that arrays which serve as filters keep their values meanwhile: their transforms are then kept.
 
-    Holds for the calling thread, and for others that run in a copy of its context (``contextvars``).
+    Holds for the calling thread, and for others that run in a copy of its context (``contextvars``), to the end of
+    the outermost ``with``.
     """
-    outer = _kept.get()
-    token = _kept.set({} if outer is None else outer)
+    outer = _kept.get([])
+    promise = outer or [{}]
+    token = _kept.set(promise)
     try:
         yield
     finally:
         _kept.reset(token)
+        if promise is not outer:
+            promise.clear()  # for threads whose copy of the context outlives this
 
 
 def _transform_filters(taps: Array) -> Array:
     """G g G' of each filter: (3, 3, a, b) -> (36, a, b). Within constant_filters, that of an array is kept."""
-    kept, key = _kept.get(), (taps.__array_interface__["data"], taps.shape, taps.strides, taps.dtype)
+    kept, key = (
+        next(iter(_kept.get([])), None),
+        (taps.__array_interface__["data"], taps.shape, taps.strides, taps.dtype),
+    )
     if kept is not None and key in kept:
         return kept[key][1]
     a, b = taps.shape[2:]

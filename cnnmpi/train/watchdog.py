@@ -172,8 +172,11 @@ class Watchdog:
 
 
 def _innermost_layer(frame: FrameType | None) -> str:
-    """Return the layer, made of no others, whose forward or backward a thread is in; "" where it is in none."""
-    while frame is not None:
+    """Return the layer, made of no others, whose forward or backward a thread is in; "" where it is in none.
+
+    Always "" where Python runs without GIL: to read the variables of a thread that goes on is then not safe.
+    """
+    while frame is not None and getattr(sys, "_is_gil_enabled", lambda: True)():  # known since Python 3.13
         owner = frame.f_locals.get("self") if frame.f_code.co_name in ("forward", "backward") else None
         if isinstance(owner, Layer) and not any(owner.children()):
             return f"{owner.name} {owner!r} {frame.f_code.co_name}".strip()
