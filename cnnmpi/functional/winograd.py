@@ -160,10 +160,8 @@ def constant_filters() -> Iterator[None]:
 
 def _transform_filters(taps: Array) -> Array:
     """G g G' of each filter: (3, 3, a, b) -> (36, a, b). Within constant_filters, that of an array is kept."""
-    kept, key = (
-        next(iter(_kept.get([])), None),
-        (taps.__array_interface__["data"], taps.shape, taps.strides, taps.dtype),
-    )
+    kept = next(iter(_kept.get([])), None)
+    key = taps.__array_interface__["data"], taps.shape, taps.strides, taps.dtype
     if kept is not None and key in kept:
         return kept[key][1]
     a, b = taps.shape[2:]
