@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) ->
     with failing_together(ranks):
         ranks.agree("their command lines", args)
         ranks.agree("the programs that they run", program())
-        config, named = ranks.on_rank0(lambda: parse(args))
+        config = ranks.on_rank0(lambda: parse(args))
         with StopSignals() as signals, Watchdog(ranks, config.hang_warning, config.hang_limit) as watchdog:
-            return trainer(config, ranks, named, signals, watchdog).run()
+            return trainer(config, ranks, signals, watchdog).run()
     return 1
 
 

@@ -61,16 +61,13 @@ def evaluate_unless(
     ``stop`` must give the same answer on all ranks.
     """
     team = model if isinstance(model, Team) else Team([model])
-    training = team.models[0].training
     team.spread_buffers()
-    for member in team.models:
-        member.eval()
 
     def evaluate_batch(model: Model, start: int) -> tuple[float, Array]:
         y = labels[start : start + BATCH]
         x = normalize(images[start : start + BATCH], mean, std)
-        logits = model.forward(model.F.as_array(x, like=model.flat_params))
-        targets = model.F.as_array(y, like=model.flat_params)
+        logits = model.forward(model.as_array(x))
+        targets = model.as_array(y)
         loss, _ = model.F.cross_entropy_loss(logits, targets, reduction="sum")
         guesses = model.F.to_numpy(logits).argmax(axis=1)
         return loss, np.bincount(y * classes + guesses, minlength=classes * classes)
@@ -78,14 +75,12 @@ def evaluate_unless(
     parts: list[tuple[float, Array]] = []
     together = max(ranks.gather(len(team.models))) * ranks.size * BATCH  # images that all threads of all ranks take
     stopped = False
-    with team.models[0].F.constant_filters():
+    with team.evaluating(), team.models[0].F.constant_filters():
         for first in range(0, len(images), together):
             starts = range(first + ranks.rank * BATCH, min(first + together, len(images)), ranks.size * BATCH)
             parts += team.map(evaluate_batch, starts)
             if stopped := stop():
                 break
-    for member in team.models:
-        member.train_mode(training)
     if stopped:
         return None
     confusion = sum((counts for _, counts in parts), np.zeros(classes * classes, np.int64))
