@@ -46,11 +46,11 @@ def tensor(a: NumpyArray, device: str) -> Tensor:
     return torch.from_numpy(a).to(device)
 
 
-def as_array(a: NumpyArray, like: Tensor) -> Tensor:
-    """Return the NumPy array ``a`` as a tensor on the device of ``like``; its dtype is kept."""
+def as_array(a: NumpyArray, like: Tensor | None = None) -> Tensor:
+    """Return the NumPy array ``a`` as a tensor on the device of ``like``, the CPU if None; its dtype is kept."""
     if not a.flags.writeable or min(a.strides, default=0) < 0:  # torch knows neither
         a = a.copy(order="K")
-    return torch.from_numpy(a).to(like.device)
+    return torch.from_numpy(a).to("cpu" if like is None else like.device)
 
 
 def to_numpy(a: Tensor) -> NumpyArray:

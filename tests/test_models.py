@@ -1,5 +1,8 @@
 """Models: against torch.nn with autograd over several steps, on both engines; custom wiring; state and its errors."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -255,9 +258,168 @@ def test_wiring_that_would_train_wrongly_is_refused():
         Twice().parameters()
 
 
+# -- who owns the arrays ----------------------------------------------------------------------------------------------
+
+
+def train_step(model: Model, optimizer: optim.Optimizer, classes: int = 10, size: int = 8) -> float:
+    x, y = batch(size=size)
+    optimizer.zero_grad()
+    loss, dlogits = model.F.cross_entropy_loss(model.forward(model.as_array(x)), model.as_array(y % classes))
+    model.backward(dlogits)
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_an_optimizer_over_a_part_made_before_the_first_forward_trains_that_part(engine):
+    model = SimpleCNN(image_size=8)
+    before = model.state_dict()
+    optimizer = optim.SGD(model.classifier.parameters(), lr=0.002)
+    if engine == "torch":
+        model.to_torch()
+    losses = [train_step(model, optimizer) for _ in range(5)]
+    after = model.state_dict()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"} and losses[-1] < losses[0]
+
+
+def test_a_new_head_on_a_trained_model_learns():
+    model = SimpleCNN(image_size=8)
+    train_step(model, optim.SGD(model.parameters(), lr=0.002))
+    trunk = model.state_dict()
+    model.classifier = L.Linear(64 * 4, 3)
+    model.features[2] = L.ReLU()
+    assert model.parameters()[-1][0].shape == (3,) and model.classifier.name == "classifier"
+    assert [name for name, _ in model.walk()][1:] == [*(n for n, _ in SimpleCNN(image_size=8).walk())][1:]
+    head = model.classifier.params["weight"].copy()
+    losses = [train_step(model, optim.SGD(model.parameters(), lr=0.002), classes=3) for _ in range(5)]
+    assert losses[-1] < losses[0] and not np.array_equal(model.classifier.params["weight"], head)
+    assert not np.array_equal(model.state_dict()["features.0.weight"], trunk["features.0.weight"])
+    assert model.state_dict()["classifier.weight"].shape == (3, 256)
+    model.zero_grad()
+    assert not gradients(model).any()
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_are_whole_and_their_own(way, flat, engine):
+    model = SmallResNet(image_size=16, widths=(4, 4, 8, 8))
+    if engine == "torch":
+        model.to_torch()
+    if flat:
+        FlatArrays(model)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train_step(model, optimizer, size=16)
+    original = bits(model)
+    both = (model, optimizer)
+    twin, its_optimizer = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert bits(twin) == original and twin.use_torch == model.use_torch
+    train_step(twin, its_optimizer, size=16)
+    assert bits(model) == original and bits(twin) != original
+    train_step(model, optimizer, size=16)
+    assert bits(model) == bits(twin)
+    twin.zero_grad()
+    assert not gradients(twin).any() and gradients(model).any()
+    learned = bits(twin)
+    assert bits(twin.to_torch().to_numpy()) == learned
+
+
+@pytest.mark.parametrize("move", ["flat", "float64", "flat torch"])
+def test_an_optimizer_whose_arrays_were_replaced_raises(move):
+    model = SimpleCNN(image_size=8)
+    if move == "flat torch":
+        model.to_torch()
+    stale = optim.SGD(model.parameters(), lr=0.1)
+    model.astype(np.float64) if move == "float64" else FlatArrays(model)
+    with pytest.raises(RuntimeError, match="no longer the model's"):
+        stale.step()
+    optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_a_model_inside_a_model_is_a_layer():
+    class Ensemble(Model):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head = SimpleCNN(image_size=8, num_classes=6), L.Linear(6, 10)
+
+    model = Ensemble()
+    optimizer = optim.SGD(model.parameters(), lr=0.002)
+    losses = [train_step(model, optimizer) for _ in range(5)]
+    assert losses[-1] < losses[0] and "trunk.features.0.weight" in model.state_dict()
+    FlatArrays(model)
+    model.to_torch().to_numpy()
+
+
+@pytest.mark.parametrize(
+    "hidden", [[L.ReLU()], (L.ReLU(),), {"a": L.Linear(2, 2)}, [[L.ReLU()]], {L.Identity()}], ids=str
+)
+def test_layers_that_nobody_would_find_are_an_error_at_every_door(hidden):
+    class Net(Model):
+        def __init__(self):
+            super().__init__()
+            self.first = L.Linear(2, 2)
+            self.layers = hidden
+
+    class Grown(L.Sequential):
+        pass
+
+    for call in ("parameters", "train", "eval", "state_dict", "to_numpy"):
+        with pytest.raises(ValueError, match=r"layers is a .* of layers, which would not learn: make it a Sequential"):
+            getattr(Net(), call)()
+    with pytest.raises(ValueError, match="make it a Sequential"):
+        Net().forward(np.zeros((1, 2), np.float32))
+    grown = Grown(L.ReLU())
+    grown.more = hidden
+    with pytest.raises(ValueError, match="more is a"):
+        grown.parameters()
+
+
+def test_what_makes_no_tree_is_refused():
+    class Early(Model):
+        def __init__(self):
+            self.fc = L.Linear(2, 2)
+
+    with pytest.raises(TypeError, match=r"Early: call super\(\).__init__\(\) before fc is assigned"):
+        Early()
+    with pytest.raises(ValueError, match="one layer stands at '0' and '2'"):
+        L.Sequential(relu := L.ReLU(), L.Linear(2, 2), relu)
+    with pytest.raises(TypeError, match="Sequential: expected layers, one after another, got a list"):
+        L.Sequential([L.ReLU()])
+    loop = SimpleCNN(image_size=8)
+    loop.features.owner = loop
+    with pytest.raises(ValueError, match=r"one layer stands at '' and 'features\.owner'"):
+        loop.parameters()
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_evaluation_keeps_nothing_for_a_backward_pass(engine):
+    model = SmallResNet(image_size=16)
+    if engine == "torch":
+        model.to_torch()
+    x = model.as_array(batch(size=16)[0])
+    model.forward(x)
+    assert any(layer._cache is not None for _, layer in model.walk())
+    model.eval()
+    assert all(layer._cache is None for _, layer in model.walk()), "after training, too"
+    y = model.forward(x)
+    assert all(layer._cache is None for _, layer in model.walk())
+    with pytest.raises(RuntimeError, match=r"eval\(\) keeps nothing for it, train_mode\(False\) does"):
+        model.backward(y)
+    model.train()
+    model.train_mode(False)  # running statistics, and a backward pass
+    np.testing.assert_array_equal(model.F.to_numpy(model.forward(x)), model.F.to_numpy(y))
+    model.backward(y)
+    model.train()
+    model.stage1.train_mode(False)
+    with model.evaluating():
+        assert not any(layer.training or layer.caching for _, layer in model.walk())
+    frozen = {name for name, layer in model.walk() if not layer.training}
+    assert frozen == {name for name, _ in model.walk() if name.startswith("stage1")}
+
+
 def test_errors_name_the_layer_in_the_model():
     model = SimpleCNN()
-    model.parameters()
     with pytest.raises(ValueError, match=r"features\.0 Conv2d\(3, 32, 3.*got \(1, 1, 32, 32\)"):
         model.forward(np.zeros((1, 1, 32, 32), np.float32))
     with pytest.raises(ValueError, match="4x4 pixels"):

@@ -7,7 +7,7 @@ import numpy as np
 from cnnmpi.functional.blocks import Array, nchw
 
 
-def as_array(a: Array, like: Any) -> Array:
+def as_array(a: Array, like: Any = None) -> Array:
     """Return the NumPy array ``a`` as an array of this engine, on the device of ``like``; its dtype is kept."""
     return np.asarray(a)
 
