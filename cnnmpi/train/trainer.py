@@ -18,7 +18,7 @@ from cnnmpi.train.config import Config, continued, experiment, resolve, to_plain
 from cnnmpi.train.evaluation import Evaluation, evaluate_unless
 from cnnmpi.train.folder import BEST, LAST, RunFolder, find_checkpoint
 from cnnmpi.train.report import Report
-from cnnmpi.train.setup import learning_rate, make_model, make_optimizer, model_options, open_data
+from cnnmpi.train.setup import as_user_errors, learning_rate, make_model, make_optimizer, model_options, open_data
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import Arrays, model_attributes, pack, unpack
 from cnnmpi.train.team import Team, fewest_workers
@@ -84,6 +84,11 @@ class Trainer:
         self.steps_per_epoch = len(self.loader)
         self.total_steps = (config.epochs or 0) * self.steps_per_epoch
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
+        if saved is not None and saved[2]["step"] > self.last_step:
+            raise UserError(
+                f"--max-steps {config.max_steps} comes too late: the run of {saved[0]} is at step {saved[2]['step']}; "
+                "name a larger number, or none"
+            )
 
         self.options = model_options(self.dataset)
         self.threads = config.threads or (ranks.default_threads() if config.device == "cpu" else 1)
@@ -126,7 +131,7 @@ class Trainer:
             self.best = -1.0
             self._save(LAST)  # a full disk is better found now than after an epoch
         else:
-            self.report.rewind(self.step, self.steps_per_epoch)
+            ranks.on_rank0(as_user_errors()(lambda: self.report.rewind(self.step, self.steps_per_epoch)))
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -199,7 +204,7 @@ class Trainer:
             advice = "a smaller --lr may help, and --on-nan skip leaves such steps out"
             raise UserError(f"{error}; the weights were left as they were before this step; {advice}") from None
         self.skipped += 1
-        if self.skipped == MOST_SKIPPED:
+        if self.skipped >= MOST_SKIPPED:
             raise UserError(f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help")
         self.report.line(f"warning: {error}; the step was skipped")
         self.optimizer.steps = self.step + 1
@@ -225,7 +230,7 @@ class Trainer:
         started, done_before = time.perf_counter(), self.epoch_counts[2]
         while True:
             epoch, index = divmod(self.step, self.steps_per_epoch)
-            at_end = self.step == self.last_step
+            at_end = self.step >= self.last_step
             if self.epoch_counts[2] and (index == 0 or at_end):
                 test = self._end_epoch(time.perf_counter() - started, done_before)
                 if test is None:
@@ -286,14 +291,7 @@ class Trainer:
         test = self._evaluate()
         if test is None:
             return None
-        if test.accuracy > self.best:
-            # a run that --max-steps ends inside an epoch may go on: what best.h5 is then must not depend on that
-            if complete or self.step == self.total_steps:
-                self.best = test.accuracy
-            self._save(BEST)
-        if complete:
-            self.epoch_counts[:] = 0
-        self._save(LAST)
+        # first the line, then the checkpoint: a resume drops a line that is ahead, but could not bring one back
         self.report.epoch(
             {
                 "epoch": math.ceil(self.step / self.steps_per_epoch),
@@ -309,6 +307,14 @@ class Trainer:
                 "data": self.dataset.source,
             }
         )
+        if test.accuracy > self.best and math.isfinite(test.loss):
+            # a run that --max-steps ends inside an epoch may go on: what best.h5 is then must not depend on that
+            if complete or self.step == self.total_steps:
+                self.best = test.accuracy
+            self._save(BEST)
+        if complete:
+            self.epoch_counts[:] = 0
+        self._save(LAST)
         return test
 
     # -- on disk -----------------------------------------------------------------------------------------------------
