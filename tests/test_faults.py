@@ -122,7 +122,7 @@ def test_a_slow_save_raises_no_alarm(data, tmp_path, undisturbed):
 
 
 @elsewhere
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("when", ["before step 0", "in a step", "in the evaluation", "in a save", "twice"])
 def test_a_signal_at_any_time_stops_all_ranks_with_one_checkpoint(number, when, data, tmp_path, undisturbed):
     out = tmp_path / "run"
