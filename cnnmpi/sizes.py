@@ -14,7 +14,8 @@ def pair(size: Any) -> tuple[int, int]:
     if type(size) is int:  # at once: every operation asks several times
         return size, size
     try:
-        height, width = size if hasattr(size, "__len__") and getattr(size, "ndim", 1) else (size, size)
+        one = not hasattr(size, "__len__") or getattr(size, "ndim", None) == 0  # an array of no dimensions is one
+        height, width = (size, size) if one else size
         if isinstance(height, bool) or isinstance(width, bool):
             raise TypeError
         return operator.index(height), operator.index(width)

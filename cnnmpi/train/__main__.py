@@ -8,6 +8,7 @@ mpirun -n 2 python -m cnnmpi.train --resume               # goes on, on any numb
 import sys
 from collections.abc import Sequence
 
+from cnnmpi import console
 from cnnmpi.distributed import UserError, failing_together, start
 from cnnmpi.train.config import parse
 from cnnmpi.train.setup import program
@@ -18,6 +19,7 @@ from cnnmpi.train.watchdog import Watchdog
 
 def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) -> int:
     """Train as ``argv`` says (the command line's if None), with a ``trainer``. Returns the exit code."""
+    console.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         ranks = start()
