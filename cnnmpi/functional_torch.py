@@ -47,17 +47,43 @@ def tensor(a: NumpyArray, device: str) -> Tensor:
     return torch.from_numpy(a).to(device)
 
 
-def as_array(a: NumpyArray, like: Tensor) -> Tensor:
-    """Return the NumPy array ``a`` as a tensor on the device of ``like``; its dtype is kept."""
+def as_array(a: NumpyArray, like: Tensor | None = None) -> Tensor:
+    """Return the NumPy array ``a`` as a tensor on the device of ``like``, the CPU if None; its dtype is kept."""
     if not a.flags.writeable or min(a.strides, default=0) < 0:  # torch knows neither
         a = a.copy(order="K")
-    return torch.from_numpy(a).to(like.device)
+    return torch.from_numpy(a).to("cpu" if like is None else like.device)
 
 
 def to_numpy(a: Tensor) -> NumpyArray:
     """Return a tensor as a NumPy array; from the CPU, both share their memory."""
     array: NumpyArray = a.detach().cpu().numpy()
     return array
+
+
+def empty(size: int, like: Tensor | None = None) -> Tensor:
+    """Return a 1-D tensor of ``size`` numbers, not set yet, of the dtype and on the device of ``like``."""
+    return torch.empty(size) if like is None else like.new_empty(size)
+
+
+def address(a: Tensor) -> int:
+    """Return where in memory the tensor begins."""
+    return a.data_ptr()
+
+
+def retire(a: Tensor) -> None:
+    """Empty a tensor that was replaced by another: an optimizer that still holds it raises."""
+    a.set_()  # type: ignore[call-overload]
+
+
+def seal(y: Tensor, cache: Any) -> Any:
+    """Return what tells whether ``y`` is changed in place, where ``cache`` needs it: torch counts such changes."""
+    parts = cache if isinstance(cache, tuple) else (cache,)
+    return (y, y._version) if any(part is y for part in parts) else None
+
+
+def is_intact(seal: Any) -> bool:
+    """Return whether what was sealed is as it was."""
+    return seal is None or seal[0]._version == seal[1]
 
 
 def constant_filters() -> contextlib.AbstractContextManager[None]:

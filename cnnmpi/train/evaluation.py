@@ -86,36 +86,30 @@ def evaluate_unless(
     """
     labels = _checked(images, labels, classes)
     team = model if isinstance(model, Team) else Team([model])
-    F, training = team.models[0].F, team.models[0].training
+    F = team.models[0].F
     team.spread_buffers()
     guesses = np.zeros(len(labels), np.int64)  # each rank fills in its own; the sum is everybody's
 
     def evaluate_batch(model: Model, start: int) -> float:
         part = slice(start, start + size)
         x = normalize(images[part], mean, std)
-        logits = model.forward(F.as_array(x, like=model.flat_params))
+        logits = model.forward(model.as_array(x))
         if logits.shape[1] != classes:
             raise ValueError(f"evaluate: the model gives {logits.shape[1]} classes, the labels are of {classes}")
         loss: float
-        loss, _ = F.cross_entropy_loss(logits, F.as_array(labels[part], like=model.flat_params), reduction="sum")
+        loss, _ = F.cross_entropy_loss(logits, model.as_array(labels[part]), reduction="sum")
         guesses[part] = F.to_numpy(logits).argmax(axis=1)
         return loss
 
     losses: list[float] = []
-    try:
-        for member in team.models:
-            member.eval()
-        with F.constant_filters():
-            size = batch_size(team.models[0], images.shape[1:])
-            together = max(ranks.gather(len(team.models))) * ranks.size * size  # all threads of all ranks take these
-            for first in range(0, len(images), together):
-                starts = range(first + ranks.rank * size, min(first + together, len(images)), ranks.size * size)
-                losses += team.map(evaluate_batch, starts)
-                if stop():
-                    return None
-    finally:
-        for member in team.models:
-            member.train_mode(training)
+    with team.evaluating(), F.constant_filters():
+        size = batch_size(team.models[0], images.shape[1:])
+        together = max(ranks.gather(len(team.models))) * ranks.size * size  # all threads of all ranks take these
+        for first in range(0, len(images), together):
+            starts = range(first + ranks.rank * size, min(first + together, len(images)), ranks.size * size)
+            losses += team.map(evaluate_batch, starts)
+            if stop():
+                return None
     ranks.sum(guesses)
     loss = math.fsum(loss for theirs in ranks.gather(losses) for loss in theirs)  # the same in any order
     return Evaluation(loss / len(images), labels, guesses, classes)
@@ -124,7 +118,7 @@ def evaluate_unless(
 def batch_size(model: Model, image_shape: Sequence[int]) -> int:
     """Return how many images of shape (C, H, W) to evaluate at a time: as many as BATCH_BYTES allow, BATCH at most.
 
-    The model, in evaluation mode, is shown one black image, and the largest output of its layers counts.
+    The model is shown one black image, and the largest output of its layers counts.
     """
     image = np.zeros((1, *image_shape), np.float32)
     largest = image.nbytes
@@ -139,13 +133,14 @@ def batch_size(model: Model, image_shape: Sequence[int]) -> int:
         return watching
 
     layers = [layer for _, layer in model.walk()]
-    try:
-        for layer in layers:
-            vars(layer)["forward"] = watched(layer.forward)
-        model.forward(model.F.as_array(image, like=model.flat_params))
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)
+    with model.evaluating():
+        try:
+            for layer in layers:
+                vars(layer)["forward"] = watched(layer.forward)
+            model.forward(model.as_array(image))
+        finally:
+            for layer in layers:
+                vars(layer).pop("forward", None)
     return max(1, min(BATCH, BATCH_BYTES // largest))
 
 
