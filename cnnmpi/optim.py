@@ -22,13 +22,18 @@ class Optimizer:
         weight_decay: applied to arrays of two dimensions or more, not to biases and BatchNorm's parameters, unless
             ``decay_all``.
 
-    ``state`` maps each slot to a list of arrays, one for each parameter; ``steps`` counts the updates.
+    ``state`` maps each slot to a list of arrays, one for each parameter; ``steps`` counts the updates. The defaults are
+    those of torch.optim. Raises ValueError for parameters that are not float32 or float64: squares of gradients
+    and Adam's eps are 0 in shorter ones.
 
     """
 
     slots: tuple[str, ...] = ()
 
     def __init__(self, parameters: list[Pair], lr: float, weight_decay: float = 0.0, decay_all: bool = False) -> None:
+        for param, _ in parameters:
+            if str(param.dtype).removeprefix("torch.") not in ("float32", "float64"):
+                raise ValueError(f"{type(self).__name__}: expected float32 or float64 parameters, got {param.dtype}")
         self.parameters = parameters
         self.lr = lr
         self.weight_decay = weight_decay
@@ -66,7 +71,7 @@ class SGD(Optimizer):
     def __init__(
         self,
         parameters: list[Pair],
-        lr: float = 0.01,
+        lr: float = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
@@ -125,6 +130,17 @@ class AdamW(Adam):
     """Adam whose weight decay shrinks the weights directly: p *= 1 - lr decay (Loshchilov and Hutter, 2019)."""
 
     decoupled = True
+
+    def __init__(
+        self,
+        parameters: list[Pair],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        decay_all: bool = False,
+    ) -> None:
+        super().__init__(parameters, lr, betas, eps, weight_decay, decay_all)
 
 
 def _zeros_like(param: Array) -> Array:

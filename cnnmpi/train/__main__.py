@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from cnnmpi import console
 from cnnmpi.distributed import UserError, failing_together, start
 from cnnmpi.train.config import parse
 from cnnmpi.train.output import steady_output
@@ -20,6 +21,7 @@ from cnnmpi.train.watchdog import Watchdog
 
 def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) -> int:
     """Train as ``argv`` says (the command line's if None), with a ``trainer``. Returns the exit code."""
+    console.prepare()
     with steady_output():
         return _train(list(sys.argv[1:] if argv is None else argv), trainer)
 

@@ -223,10 +223,10 @@ def _description() -> str:
 def read_toml(path: str) -> dict[str, Any]:
     """Return the settings of a TOML file, checked against Config. Raises UserError naming file and key."""
     try:
-        content = tomllib.loads(Path(path).read_text())
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8", errors="surrogateescape"))
     except OSError as error:
         raise UserError(f"--config {path!r} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"--config {path}: not a TOML file: {error}") from None
     return from_plain(content, f"--config {path}")
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from cnnmpi.checkpoint import CheckpointError, write_atomically
+from cnnmpi.console import is_terminal, printable
 
 METRICS = "metrics.jsonl"
 
@@ -22,17 +23,19 @@ class Report:
         self.folder, self.silent = folder, silent
         self.progress: Progress | None = None
         self.task: TaskID | None = None
-        if not silent and getattr(sys.stdout, "isatty", bool)():
+        if not silent and is_terminal(sys.stdout):
             columns = (TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(highlight=False))
+            console = Console(highlight=False, markup=False, emoji=False)  # names and paths are no markup
+            self.progress = Progress(*columns, TextColumn("{task.fields[loss]}"), console=console)
             self.progress.start()
 
     def line(self, text: str) -> None:
         """Print one line, above the progress bar if there is one."""
         if self.silent:
             return
+        text = printable(text)
         if self.progress:
-            self.progress.console.print(text, markup=False, soft_wrap=True)
+            self.progress.console.print(text, soft_wrap=True)
         else:
             print(text, flush=True)
 
