@@ -1,9 +1,19 @@
-"""Sizes of windows: kernels, strides, paddings, images; one number, or one for the height and one for the width."""
+"""Sizes and counts as people give them: whole numbers of Python's or of NumPy's kinds, one or two."""
 
 import operator
 from typing import Any
 
 Size = int | tuple[int, int]
+
+
+def whole(name: str, value: Any) -> int:
+    """Return ``value`` as an int, which never overflows as NumPy's do. Raises ValueError for no whole number."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def pair(size: Any) -> tuple[int, int]:

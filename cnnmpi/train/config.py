@@ -147,7 +147,8 @@ def resolve(config: Config) -> Config:
         if value is not None and not (value in choices if choices else isinstance(value, _accepted(kind))):
             wanted = f"one of {', '.join(choices)}" if choices else str(kind).removesuffix(" | None")
             raise UserError(f"{flag(name)} must be {wanted}, got {value!r}")
-    config = with_defaults(config)
+    numpys = {name: value.item() for name, value in vars(config).items() if isinstance(value, np.generic)}
+    config = with_defaults(dataclasses.replace(config, **numpys))  # with Python's numbers, which TOML and JSON know
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
         "warmup": 0, "label_smoothing": 0, "clip": 0, "crop": 0, "cutout": 0, "seed": 0, "threads": 0,
