@@ -13,6 +13,7 @@ import numpy as np
 from cnnmpi import checkpoint, optim
 from cnnmpi.data import DataLoader
 from cnnmpi.distributed import ExactReducer, NotFiniteError, Ranks, Reducer, UserError
+from cnnmpi.machine import one_blas_thread
 from cnnmpi.models import Model
 from cnnmpi.train.config import Config, continued, resolve, to_plain, to_toml
 from cnnmpi.train.evaluation import Evaluation, evaluate_unless
@@ -131,6 +132,7 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
+    @one_blas_thread()
     def train_step(self) -> float:
         """Do the next step and return its mean loss; equal bits on every rank, and (reduced exactly) for any number."""
         self.watchdog.note(f"step {self.step}")
@@ -211,6 +213,7 @@ class Trainer:
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
+    @one_blas_thread()
     def run(self) -> int:
         """Train to the end, or until a signal asks to stop; return 0, or STOPPED. Leaves checkpoints in ``out``."""
         try:
@@ -266,6 +269,11 @@ class Trainer:
             self.report.line(
                 f"note: {ranks.local_size} ranks share {ranks.cores_on_node} cores of this host: the result is the "
                 "same, but as many ranks as cores would be faster"
+            )
+        elif ranks.cores_on_node > self.config.shards:
+            self.report.line(
+                f"note: {ranks.cores_on_node} cores, {self.config.shards} shards: up to {self.config.shards} ranks "
+                "share the work, and threads the other cores; for more ranks raise --shards, and --batch-size with it"
             )
 
     def _evaluate(self) -> Evaluation | None:
