@@ -147,27 +147,34 @@ def free_mib(folder: Path) -> int:
 
 _lock = threading.Lock()
 _inside = 0  # how many threads are inside one_blas_thread() now
-_before: list[tuple[Any, int]] = []  # each library, and its number of threads outside
+_before: list[tuple[Any, int]] = []  # each library with one limit for the process, and its number of threads outside
 
 
 @functools.cache
-def _libraries() -> list[Any]:
-    return list(threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers)
+def _libraries() -> tuple[list[Any], list[Any]]:
+    """Return the libraries that have one limit for the whole process, and those that have one for each thread."""
+    libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+    each = [lib for lib in libraries if lib.internal_api == "mkl" or getattr(lib, "threading_layer", "") == "openmp"]
+    return [lib for lib in libraries if lib not in each], each
 
 
 @contextlib.contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Let BLAS use no threads of its own meanwhile, in the whole process; afterwards as many as before.
+    """Let BLAS use no threads of its own meanwhile, for this thread at least; afterwards as many as before.
 
     Our matrix products are too small for these threads to help, and their number would change the last bits. Also a
-    decorator. It takes 3 microseconds; any number of threads may be inside at the same time.
+    decorator, which takes some microseconds; any number of threads may be inside at the same time.
     """
     global _inside
+    process, each = _libraries()
+    mine = [(library, library.get_num_threads()) for library in each]
+    for library, _ in mine:
+        library.set_num_threads(1)
     with _lock:
         if _inside == 0:
-            _before[:] = [(library, library.get_num_threads()) for library in _libraries()]
+            _before[:] = [(library, library.get_num_threads()) for library in process]
             for library, _ in _before:
-                library.set_num_threads(1)
+                _set_threads(library, 1)
         _inside += 1
     try:
         yield
@@ -176,4 +183,14 @@ def one_blas_thread() -> Iterator[None]:
             _inside -= 1
             if _inside == 0:
                 for library, threads in _before:
-                    library.set_num_threads(threads)
+                    _set_threads(library, threads)
+        for library, threads in mine:
+            library.set_num_threads(threads)
+
+
+def _set_threads(library: Any, threads: int) -> None:
+    """Set the number of threads; threadpoolctl listens only to the first thread that did, until that one gives way."""
+    give_way = getattr(library, "clear_controlling_thread", lambda force: None)
+    give_way(force=True)
+    library.set_num_threads(threads)
+    give_way(force=True)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cnnmpi.machine import one_blas_thread
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -129,7 +131,7 @@ def share_out(
             queue.clear()  # nobody takes another item
             raise
 
-    helpers = [pool.submit(work, body) for body in bodies[1:]]
+    helpers = [pool.submit(one_blas_thread()(work), body) for body in bodies[1:]]
     try:
         work(bodies[0])
     finally:
