@@ -1,6 +1,8 @@
 """The folder of a run: locked while the run lasts, written by rank 0 alone."""
 
 import fcntl
+import itertools
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +10,16 @@ from typing import Any
 
 from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.checkpoint.atomic import sync_directory
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train.report import METRICS
 from cnnmpi.train.setup import Say, as_user_errors
 from cnnmpi.train.state import Arrays
 
-LAST, PREVIOUS, BEST = "last.h5", "previous.h5", "best.h5"
+LAST, PREVIOUS, BEST, CONFIG = "last.h5", "previous.h5", "best.h5", "config.toml"
+# What a run writes, in the order in which it is moved aside. A move that is cut short leaves --resume the earlier run,
+# as it was, or nothing: never an older checkpoint of it. Where config.toml has come, the move was completed.
+WRITTEN = (PREVIOUS, LAST, BEST, METRICS, CONFIG)
 
 Saved = tuple[Path, Arrays, dict[str, Any]]  # a checkpoint: where it is, its arrays, its attributes
 
@@ -22,23 +28,27 @@ class RunFolder:
     """Where a run keeps what it produces. All ranks call the methods; rank 0 acts, the others hear of failures."""
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
-        self.path, self.ranks = path.resolve(), ranks
+        self.path, self.ranks = Path(os.path.realpath(path)), ranks  # a loop of links is an error of open()
         self._lock: Any = None
 
     def open(self, fresh: bool, config: str, say: Say) -> None:
-        """Make and lock the folder and write ``config``. What another run left there is moved aside, if ``fresh``."""
+        """Make and lock the folder and write ``config``.
+
+        If ``fresh``, what another run wrote there is moved into a folder of its own inside, and all else left alone.
+        """
+        content = config.encode(errors="surrogateescape")  # paths need not be Unicode
 
         def make() -> None:
             try:
-                if self.path.exists():
-                    self._take_lock()
-                if fresh and any((self.path / name).exists() for name in (LAST, PREVIOUS, BEST, METRICS)):
-                    self._move_aside(say)
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
-                (self.path / "config.toml").write_text(config, encoding="utf-8", errors="surrogateescape")
+                if fresh:
+                    self._move_aside(content, say)
+                with as_user_errors():
+                    checkpoint.write_atomically(self.path / CONFIG, content)
             except OSError as error:
-                raise UserError(f"--out {self.path} cannot be used: {error.strerror}") from None
+                where = f" ({error.filename})" if error.filename not in (None, str(self.path)) else ""
+                raise UserError(f"--out {self.path} cannot be used: {error.strerror}{where}") from None
 
         self.ranks.on_rank0(make)
 
@@ -58,8 +68,7 @@ class RunFolder:
             self._lock.close()
 
     def _take_lock(self) -> None:
-        self.close()
-        self._lock = (self.path / "lock").open("w")
+        self._lock = (self.path / "lock").open("a")  # of which nothing is lost if it should be somebody's
         weakref.finalize(self, self._lock.close)  # of a run that never begins
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,11 +77,23 @@ class RunFolder:
         except OSError:
             pass  # a file system without locks
 
-    def _move_aside(self, say: Say) -> None:
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
-            number += 1
-        self.path.rename(aside)
+    def _move_aside(self, config: bytes, say: Say) -> None:
+        """Move what another run wrote into the folder old-1, or the next number; a ``config`` like ours may stay."""
+        there = [self.path / name for name in WRITTEN if (self.path / name).is_file()]
+        if not there or (there == [self.path / CONFIG] and there[0].read_bytes() == config):
+            return
+        names = {path.name for path in there}
+        for number in itertools.count(1):
+            aside = self.path / f"old-{number}"
+            if not aside.exists():
+                aside.mkdir()
+            elif not aside.is_dir() or not {path.name for path in aside.iterdir()} <= {*WRITTEN} - names - {CONFIG}:
+                continue  # taken, by what is no beginning of this move
+            break
+        for path in there:
+            path.rename(aside / path.name)
+            sync_directory(aside)
+            sync_directory(self.path)
         say(f"the earlier run in {self.path} was moved to {aside}")
 
 

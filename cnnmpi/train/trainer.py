@@ -13,6 +13,7 @@ import numpy as np
 from cnnmpi import checkpoint, optim
 from cnnmpi.data import DataLoader
 from cnnmpi.distributed import ExactReducer, NotFiniteError, Ranks, Reducer, UserError
+from cnnmpi.machine import one_blas_thread
 from cnnmpi.models import FlatArrays, Model
 from cnnmpi.train.config import Config, continued, experiment, resolve, to_plain, to_toml, with_defaults
 from cnnmpi.train.evaluation import Evaluation, evaluate_unless
@@ -135,6 +136,7 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
+    @one_blas_thread()
     def train_step(self) -> float:
         """Do the next step and return its mean loss; equal bits on every rank, and (reduced exactly) for any number."""
         self.watchdog.note(f"step {self.step}")
@@ -216,6 +218,7 @@ class Trainer:
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
+    @one_blas_thread()
     def run(self) -> int:
         """Train to the end, or until a signal asks to stop; return 0, or STOPPED. Leaves checkpoints in ``out``."""
         try:
@@ -271,6 +274,11 @@ class Trainer:
             self.report.line(
                 f"note: {ranks.local_size} ranks share {ranks.cores_on_node} cores of this host: the result is the "
                 "same, but as many ranks as cores would be faster"
+            )
+        elif ranks.cores_on_node > (shards := self.reducer.shards):
+            self.report.line(
+                f"note: {ranks.cores_on_node} cores, {shards} shards: up to {shards} ranks "
+                "share the work, and threads the other cores; for more ranks raise --shards, and --batch-size with it"
             )
 
     def _evaluate(self) -> Evaluation | None:
