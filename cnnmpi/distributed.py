@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import stat
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ Result = TypeVar("Result")
 # what launchers tell each process they start: how many there are
 LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 ARRIVE_S = 2.0  # how long a rank with an error waits for the others to come with the same one
+READ_S = 2.0  # how long a rank waits before it aborts until the launcher has read what it said
 IDLE_S = 2e-4  # between two looks at a reduction under way, where ranks share cores
 
 
@@ -203,8 +205,26 @@ class Ranks:
         sys.stdout.flush()
         sys.stderr.flush()
         if self.comm is not None and self.size > 1:
+            _wait_for_readers(READ_S)
             self.comm.Abort(code)
         os._exit(code)
+
+
+def _wait_for_readers(seconds: float) -> None:
+    """Wait until nothing is left in the pipes that output goes to, for ``seconds`` at most.
+
+    A launcher that hears of an abort throws away what it has not read yet, on a busy machine the whole explanation.
+    """
+    import fcntl
+    import termios
+
+    deadline = time.monotonic() + seconds
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it is closed
+            while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
+                if not int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder):
+                    break
+                time.sleep(IDLE_S)
 
 
 def _affinity() -> frozenset[int]:
