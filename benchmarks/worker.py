@@ -50,8 +50,7 @@ class Ours:
         self.model.skip_input_grad()
         self.optimizer = SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
         x, y = inputs(batch)
-        like = self.model.flat_params
-        self.x, self.y = self.model.F.as_array(x, like=like), self.model.F.as_array(y, like=like)
+        self.x, self.y = self.model.as_array(x), self.model.as_array(y)
 
     def gradients(self) -> Any:
         self.model.zero_grad()

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from cnnmpi.console import command
+
 COMMANDS = {
     "train": ("cnnmpi.train.__main__", "train a model; start it with mpirun for several ranks"),
     "elastic": ("cnnmpi.elastic", "train under mpirun, and restart when ranks or hosts are lost"),
@@ -15,6 +17,7 @@ COMMANDS = {
 }
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command that the first argument names, with the others. Returns its exit code."""
     args = sys.argv[1:] if argv is None else argv

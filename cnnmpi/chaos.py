@@ -24,9 +24,8 @@ from typing import ClassVar
 
 import psutil
 import tyro
-from rich.console import Console
-from rich.table import Table
 
+from cnnmpi.console import command, table
 from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import UserError
 from cnnmpi.rng import generator
@@ -145,12 +144,12 @@ class Arena:
             "data": self.data, "out": out, "batch-size": 40, "epochs": 5, "threads": 1, "checkpoint-every": 2,
             "agree-every": 3, "hang-warning": HANG_WARNING_S, "hang-limit": HANG_LIMIT_S, "resume": "auto",
         }  # fmt: skip
-        command = [self.mpirun, "-n", str(ranks)] if ranks > 1 else []
-        command += [sys.executable, "-m", "cnnmpi.chaos", "--worker", json.dumps(dataclasses.asdict(fault))]
-        command += [f"--{name}={value}" for name, value in settings.items()]
+        words = [self.mpirun, "-n", str(ranks)] if ranks > 1 else []
+        words += [sys.executable, "-m", "cnnmpi.chaos", "--worker", json.dumps(dataclasses.asdict(fault))]
+        words += [f"--{name}={value}" for name, value in settings.items()]
         started = time.monotonic()
         job = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env=os.environ | {MARK: self.mark},
         )  # fmt: skip
         try:
@@ -207,12 +206,13 @@ def undisturbed(arena: Arena, out: Path, ranks: int) -> str:
     return result
 
 
-def chaos(config: Chaos, console: Console) -> int:
+def chaos(config: Chaos) -> int:
     """Do what ``Chaos`` says, print what was done, and return 0 if every run ended in the undisturbed weights."""
     if shutil.which(config.mpirun) is None:
         raise UserError(f"--mpirun {config.mpirun}: no such command; pip install 'cnnmpi[mpich]' brings mpirun")
     begun = time.monotonic()
-    table = Table("fault", "ranks", "what", "rank", "at", "from step", "code", "seconds")
+    head = ("fault", "ranks", "what", "rank", "at", "from step", "code", "seconds")
+    rows: list[tuple[object, ...]] = []
     results: list[str] = []
     inflicted = 0
     with tempfile.TemporaryDirectory() as name:
@@ -231,19 +231,18 @@ def chaos(config: Chaos, console: Console) -> int:
                 if outcome.code:  # otherwise the run was over before the fault
                     inflicted += 1
                     row = (inflicted, ranks, fault.kind, fault.rank, fault.place, first, outcome.code)
-                    table.add_row(*map(str, row), f"{outcome.seconds:.1f}")
+                    rows.append((*row, f"{outcome.seconds:.1f}"))
                     if result is None:
                         _check(fault, outcome)
             results.append(result or undisturbed(arena, out, config.ranks))
             if left := [path.name for path in out.iterdir() if path.name.endswith(".tmp")]:
                 raise UserError(f"temporary files were left behind: {', '.join(left)}")
-    console.print(table)
+    print(table(head, rows))
     equal = sum(result == expected for result in results)
     minutes = (time.monotonic() - begun) / 60
-    console.print(
+    print(
         f"{inflicted} faults in {len(results)} runs, {minutes:.1f} minutes: {equal} of {len(results)} runs ended in "
-        f"the weights of the undisturbed one, {expected}",
-        soft_wrap=True,
+        f"the weights of the undisturbed one, {expected}"
     )
     return 0 if equal == len(results) else 1
 
@@ -256,6 +255,7 @@ def _check(fault: Fault, outcome: Outcome) -> None:
         raise UserError(f"{fault}: the silent rank was not named:\n{outcome.output[-3000:]}")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (the process's if None). Returns 0, 1 for other weights, 2 for any failure."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return worker(args[1:])
     config = tyro.cli(Chaos, args=args, prog="cnnmpi.chaos", description=__doc__)
     try:
-        return chaos(config, Console(highlight=False))
+        return chaos(config)
     except UserError as error:
         print(f"cnnmpi: error: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ import psutil
 import threadpoolctl
 import tyro
 
+from cnnmpi import console
 from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
 from cnnmpi.data import DataError, find_data, read_hdf5
 from cnnmpi.distributed import LAUNCHER_SIZES, Ranks, UserError, failing_together, start
@@ -225,6 +226,7 @@ def parse(argv: Sequence[str] | None) -> Doctor:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each check. Returns 0 if all are well, 1 if something needs a remedy, 2 for bad arguments."""
+    console.prepare()
     wrong, config = 0, None
     if not any(name in os.environ for name in LAUNCHER_SIZES):  # not under mpirun; no subprocess once MPI has begun
         config = parse(argv)

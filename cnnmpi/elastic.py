@@ -23,6 +23,7 @@ from typing import Any
 
 import tyro
 
+from cnnmpi import console
 from cnnmpi.distributed import UserError
 
 FINAL = {0: "done", 2: "refused", 75: "stopped on request, with a checkpoint", 130: "interrupted"}
@@ -146,6 +147,7 @@ def _say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Supervise a run as ``argv`` says (the command line's if None). Returns its exit code."""
+    console.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
     own, arguments = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
     config = tyro.cli(Elastic, args=own, prog="cnnmpi.elastic", description=__doc__)

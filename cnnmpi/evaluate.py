@@ -9,21 +9,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import Ranks, UserError
+from cnnmpi.sizes import pair
 from cnnmpi.train import Evaluation, evaluate, load_checkpoint
 from cnnmpi.train.setup import open_data
 
+PROGRAM = "cnnmpi.evaluate"
+LARGEST_MATRIX = 20  # classes up to which the confusion matrix is shown
 
+
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as ``argv`` says (the command line's if None). Returns the exit code."""
     try:
-        tyro.cli(run, args=argv, prog="cnnmpi.evaluate")
+        tyro.cli(run, args=argv, prog=PROGRAM)
     except (CheckpointError, UserError) as error:
-        print(f"cnnmpi.evaluate: error: {error}", file=sys.stderr)
+        complain(PROGRAM, error)
         return 2
     return 0
 
@@ -47,40 +51,45 @@ def run(
     model = load_checkpoint(checkpoint)
     ranks = Ranks()
     model.F.set_threads(threads or ranks.default_threads())
-    dataset = open_data(data, ranks, lambda text: print(text, file=sys.stderr)).dataset
+    dataset = open_data(data, ranks, lambda text: print(printable(text), file=sys.stderr)).dataset
     images, labels = (
         (dataset.test_images, dataset.test_labels) if split == "test" else (dataset.train_images, dataset.train_labels)
     )
-    channels = model.info.options["in_channels"]
-    if images.shape[1] != channels or list(dataset.classes) != model.info.classes:
-        raise UserError(
-            f"{checkpoint} knows {channels} channels and the classes {', '.join(model.info.classes)}; "
-            f"--data {data} has {images.shape[1]} channels and {', '.join(dataset.classes)}"
-        )
+    known = in_words(model.info.options["in_channels"], pair(model.info.options["image_size"]), model.info.classes)
+    given = in_words(images.shape[1], images.shape[2:], dataset.classes)
+    if known != given:
+        raise UserError(f"{checkpoint} was trained on {known}; --data {data} has {given}")
+    for number, (theirs, ours) in enumerate(zip(model.info.classes, dataset.classes, strict=True)):
+        if theirs != ours:
+            raise UserError(f"class {number} of {checkpoint} is {theirs}, that of --data {data} is {ours}")
     try:
-        known = {"classes": len(dataset.classes), "mean": model.info.mean, "std": model.info.std}
-        result = evaluate(model, images, labels, **known)
-    except ValueError as error:  # images of another size than the model was made for
+        scaling = {"mean": model.info.mean, "std": model.info.std}
+        result = evaluate(model, images, labels, classes=len(dataset.classes), **scaling)
+    except ValueError as error:
         raise UserError(str(error)) from None
-    print(f"{checkpoint} on the {len(images)} {split} images of {dataset.source}")
+    print(printable(f"{checkpoint} on the {len(images)} {split} images of {dataset.source}"))
     print(f"accuracy {result.accuracy:.4f}  loss {result.loss:.4f}")
     show(result, dataset.classes)
 
 
+def in_words(channels: int, size: Sequence[int], classes: Sequence[str]) -> str:
+    """Return what images and classes a model or a data set has, in a few words however many there are."""
+    first = ", ".join(classes[:10]) + (f", ... ({len(classes)} in all)" if len(classes) > 10 else "")
+    return f"{size[0]}x{size[1]} pixels of {channels} channels and the classes {first}"
+
+
 def show(result: Evaluation, classes: Sequence[str]) -> None:
     """Print the table of classes and, up to 20 classes, the confusion matrix."""
-    console = Console()
-    confusion = result.confusion
-    table = Table("class", "images", "recall", "precision", title="classes")
-    for k, name in enumerate(classes):
-        images, guessed, hits = confusion[k].sum(), confusion[:, k].sum(), confusion[k, k]
-        table.add_row(name, str(images), _share(hits, images), _share(hits, guessed))
-    console.print(table)
-    if len(classes) <= 20:
-        matrix = Table("true \\ taken for", *(name[:6] for name in classes), title="confusion matrix")
-        for k, name in enumerate(classes):
-            matrix.add_row(name, *(str(count) for count in confusion[k]))
-        console.print(matrix)
+    names = [f"{number:{len(str(len(classes) - 1))}} {name}" for number, name in enumerate(classes)]
+    counts = zip(names, result.images, result.guessed, result.hits, strict=True)
+    rows = [(name, images, _share(hits, images), _share(hits, guessed)) for name, images, guessed, hits in counts]
+    print("\n" + table(("class", "images", "recall", "precision"), rows))
+    if len(classes) <= LARGEST_MATRIX:
+        print(
+            "\nconfusion matrix: a row holds the images of a class, a column those taken for the class of this number"
+        )
+        matrix = [(name, *row) for name, row in zip(names, result.confusion, strict=True)]
+        print(table(("class", *map(str, range(len(classes)))), matrix))
 
 
 def _share(part: Any, whole: Any) -> str:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnnmpi.sizes import Size, pair
+
 aten = torch.ops.aten
-Size = int | tuple[int, int]
 NumpyArray = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -46,17 +47,43 @@ def tensor(a: NumpyArray, device: str) -> Tensor:
     return torch.from_numpy(a).to(device)
 
 
-def as_array(a: NumpyArray, like: Tensor) -> Tensor:
-    """Return the NumPy array ``a`` as a tensor on the device of ``like``; its dtype is kept."""
+def as_array(a: NumpyArray, like: Tensor | None = None) -> Tensor:
+    """Return the NumPy array ``a`` as a tensor on the device of ``like``, the CPU if None; its dtype is kept."""
     if not a.flags.writeable or min(a.strides, default=0) < 0:  # torch knows neither
         a = a.copy(order="K")
-    return torch.from_numpy(a).to(like.device)
+    return torch.from_numpy(a).to("cpu" if like is None else like.device)
 
 
 def to_numpy(a: Tensor) -> NumpyArray:
     """Return a tensor as a NumPy array; from the CPU, both share their memory."""
     array: NumpyArray = a.detach().cpu().numpy()
     return array
+
+
+def empty(size: int, like: Tensor | None = None) -> Tensor:
+    """Return a 1-D tensor of ``size`` numbers, not set yet, of the dtype and on the device of ``like``."""
+    return torch.empty(size) if like is None else like.new_empty(size)
+
+
+def address(a: Tensor) -> int:
+    """Return where in memory the tensor begins."""
+    return a.data_ptr()
+
+
+def retire(a: Tensor) -> None:
+    """Empty a tensor that was replaced by another: an optimizer that still holds it raises."""
+    a.set_()  # type: ignore[call-overload]
+
+
+def seal(y: Tensor, cache: Any) -> Any:
+    """Return what tells whether ``y`` is changed in place, where ``cache`` needs it: torch counts such changes."""
+    parts = cache if isinstance(cache, tuple) else (cache,)
+    return (y, y._version) if any(part is y for part in parts) else None
+
+
+def is_intact(seal: Any) -> bool:
+    """Return whether what was sealed is as it was."""
+    return seal is None or seal[0]._version == seal[1]
 
 
 def constant_filters() -> contextlib.AbstractContextManager[None]:
@@ -91,13 +118,9 @@ def _channels_last(x: Tensor) -> Tensor:
 # -- convolution and the linear layer --------------------------------------------------------------------------------
 
 
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def _check_windows(x: Tensor, k: Size, stride: Size, padding: Size) -> None:
     """Raise ValueError where not one window fits, or where the sizes make no sense."""
-    for size, window, step, border in zip(x.shape[2:], _pair(k), _pair(stride), _pair(padding), strict=True):
+    for size, window, step, border in zip(x.shape[2:], pair(k), pair(stride), pair(padding), strict=True):
         if window < 1 or step < 1 or border < 0:
             raise ValueError(f"kernel size {window} and stride {step} must be at least 1, padding {border} at least 0")
         if size + 2 * border < window:
@@ -110,8 +133,8 @@ def conv2d(x: Tensor, W: Tensor, b: Tensor | None = None, *, stride: Size = 1, p
     """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo)."""
     _check_windows(x, (W.shape[2], W.shape[3]), stride, padding)
     x, W = _channels_last(x), _channels_last(W)
-    y = _channels_last(torch.conv2d(x, W, b, _pair(stride), _pair(padding)))
-    return y, (x, W, b is not None, _pair(stride), _pair(padding))
+    y = _channels_last(torch.conv2d(x, W, b, pair(stride), pair(padding)))
+    return y, (x, W, b is not None, pair(stride), pair(padding))
 
 
 def conv2d_backward(dy: Tensor, cache: Any, *, input_grad: bool = True) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -197,24 +220,33 @@ def cross_entropy_loss(
 
     Options and errors are those of ``cnnmpi.functional.cross_entropy_loss``. Waits for the device.
     """
-    whole = not targets.is_floating_point() and targets.dtype != torch.bool
+    targets = torch.as_tensor(targets, device=logits.device)
+    whole = not (targets.is_floating_point() or targets.is_complex()) and targets.dtype != torch.bool
     if logits.ndim != 2 or targets.shape != logits.shape[:1] or not whole:
         raise ValueError(
             f"cross_entropy_loss: expected logits (N, K) and integer targets (N,), "
             f"got {tuple(logits.shape)} and {str(targets.dtype).removeprefix('torch.')} {tuple(targets.shape)}"
         )
+    if logits.dtype not in (torch.float32, torch.float64):
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise ValueError(f"cross_entropy_loss: expected logits of float32 or float64, got {dtype}")
     N, K = logits.shape
+    targets = targets.long()
     if N == 0:
         raise ValueError("cross_entropy_loss: an empty batch has no loss")
     lowest, highest = int(targets.min()), int(targets.max())
     if lowest < 0 or highest >= K:
         raise ValueError(f"cross_entropy_loss: targets must lie in 0..{K - 1}, got {lowest}..{highest}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"cross_entropy_loss: label_smoothing must lie in 0..1, got {label_smoothing}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"cross_entropy_loss: reduction must be 'mean' or 'sum', got {reduction!r}")
     q = torch.full_like(logits, label_smoothing / K)
-    q.scatter_(1, targets.long()[:, None], 1 - label_smoothing + label_smoothing / K)
+    q.scatter_(1, targets[:, None], 1 - label_smoothing + label_smoothing / K)
     log_p = torch.log_softmax(logits, 1)
-    loss = -(q * log_p).sum(1).sum(dtype=torch.float64)
+    # without smoothing the other terms are 0, also where the logit is -inf: 0 * -inf would be NaN
+    weighted = (q * log_p).sum(1) if label_smoothing else log_p.gather(1, targets[:, None])
+    loss = -weighted.sum(dtype=torch.float64)
     dlogits = log_p.exp() - q
     if reduction == "mean":
         loss /= N
@@ -265,11 +297,11 @@ def batch_norm_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]
 def _pool_options(x: Tensor, k: Size, stride: Size | None, padding: Size) -> tuple[tuple[int, int], ...]:
     """Return kernel size, stride and padding as pairs. Raises ValueError for what does not fit."""
     stride = k if stride is None else stride
-    (kH, kW), (pH, pW) = _pair(k), _pair(padding)
+    (kH, kW), (pH, pW) = pair(k), pair(padding)
     if 2 * pH > kH or 2 * pW > kW:
         raise ValueError(f"a pool's padding {padding} must be at most half of its kernel size {k}")
     _check_windows(x, k, stride, padding)
-    return (kH, kW), _pair(stride), (pH, pW)
+    return (kH, kW), pair(stride), (pH, pW)
 
 
 def max_pool2d(x: Tensor, k: Size, *, stride: Size | None = None, padding: Size = 0) -> tuple[Tensor, Any]:

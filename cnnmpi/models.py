@@ -1,9 +1,11 @@
-"""Models: a model is its layers, in the order of their definition, over one flat array of parameters.
+"""Models: a model is its layers, in the order of their definition.
 
 ``SimpleCNN`` and ``SmallResNet`` are the reference models; ``MODELS`` maps their command-line names to their classes.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +23,6 @@ from cnnmpi.layers import (
     Layer,
     Linear,
     MaxPool2d,
-    Pair,
     ReLU,
     Residual,
     Sequential,
@@ -35,23 +36,14 @@ class Model(Layer):
     """Layers as attributes, applied in the order of their definition; the base of every model.
 
     A subclass assigns its layers in ``__init__``, after ``super().__init__()``. That suffices for a chain. Any other
-    wiring overrides ``forward`` and ``backward``, and calls each layer's backward in the reverse order.
-
-    All parameters are views into ``flat_params``, all gradients into ``flat_grads`` and all buffers into
-    ``flat_buffers``, in the order of definition: broadcast, reduction and digest touch one array each. The arrays
-    are laid out at the first use of the model's parameters; assigning layers after that has no effect on them.
+    wiring overrides ``forward`` and ``backward``, and calls each layer's backward in the reverse order. Assigning to an
+    attribute again puts another layer in the place of the old one, such as a new head on a trained model.
     """
 
     info: Any = None  # of a model that load_checkpoint returned: classes, mean, std, ...
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._flat: dict[str, Array] = {}  # "params", "grads" and "buffers", once laid out
-        self._pairs: list[Pair] = []
-
     def forward(self, x: Array) -> Array:
         """Apply the layers first to last."""
-        self._lay_out()
         for _, layer in self.children():
             x = layer.forward(x)
         return x
@@ -63,12 +55,32 @@ class Model(Layer):
         return chain_backward([layer for _, layer in self.children()], dout)
 
     def train(self) -> None:
-        """Choose training: batch statistics and dropout."""
-        self.train_mode(True)
+        """Choose training: batch statistics, dropout, and all that backward needs is kept."""
+        self._set_mode(training=True, caching=True)
 
     def eval(self) -> None:
-        """Choose evaluation: running statistics and no dropout."""
-        self.train_mode(False)
+        """Choose evaluation: running statistics, no dropout, and nothing is kept for a backward pass.
+
+        For a backward pass with running statistics, choose ``train_mode(False)`` instead.
+        """
+        self._set_mode(training=False, caching=False)
+
+    def _set_mode(self, training: bool, caching: bool) -> None:
+        for _, layer in self.walk():
+            layer.training, layer.caching = training, caching
+            if not caching:
+                layer._cache = None
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Be in evaluation within the ``with``; then every layer is in its own mode again."""
+        modes = [(layer, layer.training, layer.caching) for _, layer in self.walk()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for layer, training, caching in modes:
+                layer.training, layer.caching = training, caching
 
     def skip_input_grad(self) -> None:
         """Spare the gradient of the images, where the layers are a plain chain."""
@@ -81,91 +93,15 @@ class Model(Layer):
             if isinstance(layer, Dropout):
                 layer.reseed(seed, step, shard)
 
-    # -- the flat arrays ---------------------------------------------------------------------------------------------
-
-    @property
-    def flat_params(self) -> Array:
-        """All parameters, in one array."""
-        self._lay_out()
-        return self._flat["params"]
-
-    @property
-    def flat_grads(self) -> Array:
-        """All gradients, in one array."""
-        self._lay_out()
-        return self._flat["grads"]
-
-    @property
-    def flat_buffers(self) -> Array:
-        """All buffers, in one array."""
-        self._lay_out()
-        return self._flat["buffers"]
-
-    def parameters(self) -> list[Pair]:
-        """Return [(parameter, gradient), ...]; always the same list, which follows the model to another engine."""
-        self._lay_out()
-        return self._pairs
-
-    def zero_grad(self) -> None:
-        """Set all gradients to zero."""
-        self.flat_grads[...] = 0
-
-    def _lay_out(self) -> None:
-        """Move all arrays into the flat ones, once."""
-        if self._flat:
-            return
-        arrays = [param for param, _ in self.named_parameters().values()] + list(self.named_buffers().values())
-        dtypes = {str(array.dtype) for array in arrays}
-        if len(dtypes) > 1:
-            raise ValueError(f"{type(self).__name__}: all layers must share one dtype, got {', '.join(sorted(dtypes))}")
-        seen: dict[int, str] = {}
-        for name, layer in self.walk():
-            layer.name = name
-            if id(layer) in seen:
-                raise ValueError(f"{type(self).__name__}: one layer stands at {seen[id(layer)]!r} and {name!r}")
-            seen[id(layer)] = name
-            if isinstance(layer, Model) and layer is not self:
-                raise ValueError(
-                    f"{type(self).__name__}: {name} is a Model, which has arrays of its own: make it a Layer"
-                )
-            for key, value in vars(layer).items():
-                if isinstance(value, list | tuple) and any(isinstance(v, Layer) for v in value) and key != "layers":
-                    raise ValueError(f"{type(self).__name__}: {key} is a list of layers: make it a Sequential")
-        for kind in ("params", "grads", "buffers"):
-            arrays = [array for _, layer in self.walk() for array in getattr(layer, kind).values()]
-            dtype = arrays[0].dtype if arrays else np.float32
-            flat = np.empty(sum(array.size for array in arrays), dtype)
-            self._rehome(kind, flat, copy=True)
-        self._pairs[:] = self.named_parameters().values()
-
-    def _rehome(self, kind: str, flat: Array, copy: bool = False) -> None:
-        """Make every array of this ``kind`` a view into ``flat``."""
-        self._flat[kind] = flat
-        start = 0
-        for _, layer in self.walk():
-            arrays = getattr(layer, kind)
-            for key, old in arrays.items():
-                size = int(np.prod(old.shape))
-                view = self.F.channels_last_view(flat[start : start + size], tuple(old.shape))
-                if copy:
-                    view[...] = old
-                arrays[key] = view
-                start += size
-
-    def share_parameters(self, other: "Model") -> None:
-        """Compute with the parameter arrays of ``other``, a model of the same shape; gradients and buffers stay own."""
-        self._lay_out()
-        self._rehome("params", other.flat_params)
-        self._pairs[:] = self.named_parameters().values()
-
     # -- the engine --------------------------------------------------------------------------------------------------
 
     def to_torch(self, device: str = "cpu", index: int = 0) -> "Model":
         """Compute with PyTorch from now on, on ``device`` ("cpu", "cuda", "cuda:1"); weights keep their bits.
 
         "cuda" means the GPU number ``index``, counted round and round: ranks of one host pass their local rank.
-        Returns the model itself. Raises RuntimeError where PyTorch is missing, ValueError for a device that is not
-        there.
+        On the CPU the tensors share the memory of the arrays that were there, so an optimizer goes on working; for
+        a GPU, make it after the move. Returns the model itself. Raises RuntimeError where PyTorch is missing,
+        ValueError for a device that is not there.
         """
         try:
             from cnnmpi import functional_torch
@@ -173,41 +109,29 @@ class Model(Layer):
             raise RuntimeError(f"to_torch() needs PyTorch ({error}): pip install 'cnnmpi[torch]'") from None
         device = functional_torch.choose_device(device, index)
         self.to_numpy()
-        old = [array for pair in self.parameters() for array in pair]
-        self._switch(functional_torch, lambda flat: functional_torch.tensor(flat, device))
-        if not device.startswith("cpu"):
-            for array in old:  # an optimizer that still holds these fails plainly instead of training dead arrays
-                array.flags.writeable = False
+        self._replace_arrays(functional_torch, lambda _, array: functional_torch.tensor(array, device))
         return self
 
     def to_numpy(self) -> "Model":
         """Compute with NumPy from now on; weights keep their bits. Returns the model itself."""
-        if self.use_torch:
-            to_numpy = self.F.to_numpy
-            self._switch(functional, to_numpy)
+        self._replace_arrays(functional, lambda layer, array: layer.F.to_numpy(array))
         return self
 
     def astype(self, dtype: Any) -> "Model":
         """Compute in ``dtype`` (np.float32 or np.float64) from now on, with NumPy. Returns the model itself."""
         self.to_numpy()
-        self._switch(functional, lambda flat: flat.astype(dtype))
+        self._replace_arrays(functional, lambda _, array: array.astype(dtype, copy=False))
         return self
 
-    def _switch(self, F: ModuleType, convert: Any) -> None:
-        """Move every flat array by ``convert`` and compute with ``F``."""
-        self._lay_out()
-        for _, layer in self.walk():
-            layer.F = F
-            layer._cache = None
-        for kind, flat in self._flat.items():
-            self._rehome(kind, convert(flat))
-        self._pairs[:] = self.named_parameters().values()
+    def as_array(self, a: np.ndarray[Any, Any]) -> Array:
+        """Return the NumPy array ``a`` as an array of the engine and on the device that this model computes with."""
+        arrays = (array for _, layer in self.walk() for array in (layer.params | layer.buffers).values())
+        return self.F.as_array(a, like=next(arrays, None))
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return {dotted name: NumPy array} of all parameters and buffers, named and shaped as torch's state_dict."""
-        self._lay_out()
         state = {name: param for name, (param, _) in self.named_parameters().items()} | self.named_buffers()
         return {name: np.array(self.F.to_numpy(array), order="C") for name, array in state.items()}
 
@@ -216,7 +140,6 @@ class Model(Layer):
 
         Raises ValueError that lists every missing, unexpected or misshapen array; the model is then unchanged.
         """
-        self._lay_out()
         own = {name: param for name, (param, _) in self.named_parameters().items()} | self.named_buffers()
         wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in state]
         wrong += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in own]
@@ -232,6 +155,44 @@ class Model(Layer):
 
     def _options(self) -> str:
         return "".join(f"\n  {name}: {layer!r}" for name, layer in self.children())
+
+
+class FlatArrays:
+    """The arrays of a model in three: ``params``, ``grads`` and ``buffers``, in the order of definition.
+
+    Making it moves the model's arrays there: each becomes a view, so that reduction, broadcast and comparison touch one
+    array each. So it is made before anybody takes ``model.parameters()``, by who trains the model; an optimizer from
+    before raises at its next step. With ``params``, those of another FlatArrays, the model computes with the
+    parameters of that one: gradients and buffers stay its own.
+    """
+
+    def __init__(self, model: Model, params: Array | None = None) -> None:
+        self.F: ModuleType = model.F
+        layers = [layer for _, layer in model.walk()]
+        dtypes = {str(a.dtype) for layer in layers for a in (layer.params | layer.buffers).values()}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"{type(model).__name__}: all layers must share one dtype, got {', '.join(sorted(dtypes))}"
+            )
+        self.params = self._lay_out([layer.params for layer in layers], params)
+        self.grads = self._lay_out([layer.grads for layer in layers])
+        self.buffers = self._lay_out([layer.buffers for layer in layers])
+
+    def _lay_out(self, kind: list[dict[str, Array]], shared: Array | None = None) -> Array:
+        """Make all arrays views into ``shared``, whose values they take, or into a new array, which takes theirs."""
+        F, arrays = self.F, [array for layer in kind for array in layer.values()]
+        size = sum(math.prod(array.shape) for array in arrays)
+        flat = F.empty(size, *arrays[:1]) if shared is None else shared
+        start = 0
+        for layer in kind:
+            for key, old in layer.items():
+                end = start + math.prod(old.shape)
+                layer[key] = F.channels_last_view(flat[start:end], tuple(old.shape))
+                if shared is None:
+                    layer[key][...] = old
+                F.retire(old)
+                start = end
+        return flat
 
 
 class SimpleCNN(Model):

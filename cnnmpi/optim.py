@@ -17,19 +17,23 @@ class Optimizer:
     """The loop that all optimizers share; a subclass adds its ``update`` rule and the names of its ``slots``.
 
     Args:
-        parameters: the list of (parameter, gradient) pairs. The list itself is kept: one that ``model.parameters()``
-            returned goes on working after ``to_torch()`` and ``to_numpy()``.
+        parameters: the list of (parameter, gradient) pairs, as ``model.parameters()`` or any layer returns it.
         lr: the learning rate, a plain attribute that a loop may change at any time.
         weight_decay: applied to arrays of two dimensions or more, not to biases and BatchNorm's parameters, unless
             ``decay_all``.
 
-    ``state`` maps each slot to a list of arrays, one for each parameter; ``steps`` counts the updates.
+    ``state`` maps each slot to a list of arrays, one for each parameter; ``steps`` counts the updates. The defaults are
+    those of torch.optim. Raises ValueError for parameters that are not float32 or float64: squares of gradients
+    and Adam's eps are 0 in shorter ones.
 
     """
 
     slots: tuple[str, ...] = ()
 
     def __init__(self, parameters: list[Pair], lr: float, weight_decay: float = 0.0, decay_all: bool = False) -> None:
+        for param, _ in parameters:
+            if str(param.dtype).removeprefix("torch.") not in ("float32", "float64"):
+                raise ValueError(f"{type(self).__name__}: expected float32 or float64 parameters, got {param.dtype}")
         self.parameters = parameters
         self.lr = lr
         self.weight_decay = weight_decay
@@ -38,16 +42,14 @@ class Optimizer:
         self.state: dict[str, list[Array]] = {slot: [_zeros_like(p) for p, _ in parameters] for slot in self.slots}
 
     def step(self) -> None:
-        """Update every parameter in place from its gradient. Raises RuntimeError for arrays that were moved away."""
+        """Update every parameter in place from its gradient. Raises RuntimeError for arrays that were replaced."""
+        if any(_is_retired(param) for param, _ in self.parameters):
+            raise RuntimeError(
+                "the optimizer's arrays are no longer the model's: it was moved to another device, dtype or trainer. "
+                "Make the optimizer after that"
+            )
         self.steps += 1
         for index, (param, grad) in enumerate(self.parameters):
-            if isinstance(param, np.ndarray) and not param.flags.writeable:
-                raise RuntimeError(
-                    "the optimizer's arrays are no longer the model's: to_torch() moved them to another device. "
-                    "Give the optimizer the list that model.parameters() returns, or make it after the move"
-                )
-            for slot in self.slots:
-                self.state[slot][index] = _same_kind(self.state[slot][index], param)
             decay = self.weight_decay if self.decay_all or param.ndim > 1 else 0.0
             self.update(param, grad, decay, *(self.state[slot][index] for slot in self.slots))
 
@@ -69,7 +71,7 @@ class SGD(Optimizer):
     def __init__(
         self,
         parameters: list[Pair],
-        lr: float = 0.01,
+        lr: float = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
@@ -129,18 +131,25 @@ class AdamW(Adam):
 
     decoupled = True
 
+    def __init__(
+        self,
+        parameters: list[Pair],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        decay_all: bool = False,
+    ) -> None:
+        super().__init__(parameters, lr, betas, eps, weight_decay, decay_all)
+
 
 def _zeros_like(param: Array) -> Array:
     return np.zeros_like(param) if isinstance(param, np.ndarray) else param.new_zeros(param.shape)
 
 
-def _same_kind(state: Array, param: Array) -> Array:
-    """Return ``state`` as the kind of array that ``param`` is: it changes when the model is moved."""
-    if isinstance(param, np.ndarray):
-        return state if isinstance(state, np.ndarray) else state.cpu().numpy()
-    if isinstance(state, np.ndarray) or state.device != param.device:
-        return param.new_tensor(state if isinstance(state, np.ndarray) else state.cpu().numpy())
-    return state
+def _is_retired(param: Array) -> bool:
+    """Return whether the parameter was replaced by another array, as the engines' ``retire`` marks it."""
+    return not param.flags.writeable if isinstance(param, np.ndarray) else tuple(param.shape) == (0,)
 
 
 def clip_grad_norm(parameters: Sequence[Pair], max_norm: float) -> float:

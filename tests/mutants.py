@@ -102,7 +102,8 @@ def main() -> int:
             killed = code in (FAILED, HANGS) or (mutant.ranks > 1 and code != 0)
             if killed == bool(mutant.lives) or (code and not killed):
                 wrong += 1
-                print(f"{'killed, not alive' if killed else f'pytest ended with {code}' if code else 'SURVIVED'}: {mutant}")
+                what = "killed, not alive" if killed else f"pytest ended with {code}" if code else "SURVIVED"
+                print(f"{what}: {mutant}")
                 print(output[-2000:] if code and not killed else "", end="", flush=True)
     lives = sum(bool(mutant.lives) for mutant in mutants)
     print(

@@ -235,7 +235,7 @@ def test_the_time_in_which_the_watching_process_was_stopped_is_nobodys_silence(m
 
 
 @elsewhere
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("when", ["before step 0", "in a step", "in the evaluation", "in a save", "twice"])
 def test_a_signal_at_any_time_stops_all_ranks_with_one_checkpoint(number, when, data, tmp_path, undisturbed):
     out = tmp_path / "run"

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnnmpi import functional
+from cnnmpi import functional, layers
 from cnnmpi.functional import blocks, conv, init, winograd
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
@@ -452,6 +452,87 @@ def test_cross_entropy_matches_autograd(
         assert np.array_equal(given_, z)
 
 
+INF, NAN = math.inf, math.nan
+MASKED = [  # logits, targets: -inf rules classes out
+    ([[0, 1, -INF]], [1]),
+    ([[0, 1, -INF]], [2]),
+    ([[-INF, 3, -INF], [0.5, -INF, -2]], [1, 0]),
+    ([[-INF, -INF]], [0]),
+    ([[INF, 0]], [0]),
+    ([[INF, 0]], [1]),
+    ([[NAN, 0], [1, 2]], [1, 1]),
+]
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("z", "targets"), MASKED)
+def test_cross_entropy_of_masked_classes_is_torchs(z, targets, smoothing: float, reduction: str, dtype: str) -> None:
+    import torch
+
+    logits = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    how = {"label_smoothing": smoothing, "reduction": reduction}
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(targets), **how)
+    expected.backward()
+    for F in engines():
+        loss, dlogits = F.cross_entropy_loss(convert(F, np.array(z, dtype)), convert(F, np.array(targets)), **how)
+        assert loss == pytest.approx(expected.item(), rel=TOLERANCE[dtype], nan_ok=True)
+        np.testing.assert_allclose(F.to_numpy(dlogits), logits.grad.numpy(), atol=TOLERANCE[dtype])
+
+
+def test_a_class_that_is_ruled_out_costs_nothing() -> None:
+    for F in engines():
+        loss, dlogits = F.cross_entropy_loss(convert(F, np.array([[0, 1, -np.inf]])), convert(F, np.array([1])))
+        p = 1 / (1 + math.e)  # of class 0
+        assert loss == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-15)  # 0.3133
+        np.testing.assert_allclose(F.to_numpy(dlogits), [[p, -p, 0]], rtol=1e-15)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+def test_finite_logits_give_the_bits_of_the_plain_formula(dtype: str, smoothing: float) -> None:
+    """Runs end in the same digest only if not one bit of the loss or its gradient changes."""
+    for seed, (N, K, scale) in enumerate([(1, 1, 1), (16, 10, 1), (125, 10, 50), (7, 1000, 5), (64, 3, 1e4)]):
+        z = (scale * np.random.default_rng(seed).standard_normal((N, K))).astype(dtype)
+        targets = np.random.default_rng(seed).integers(0, K, N)
+        q = np.full((N, K), smoothing / K, z.dtype)
+        q[np.arange(N), targets] += 1 - smoothing
+        shifted = z - z.max(axis=1, keepdims=True)
+        total = np.exp(shifted).sum(axis=1, keepdims=True)
+        expected = math.fsum((np.log(total[:, 0]) - (q * shifted).sum(axis=1)).tolist())
+        loss, dlogits = functional.cross_entropy_loss(z, targets, label_smoothing=smoothing, reduction="sum")
+        assert loss == expected and dlogits.tobytes() == (np.exp(shifted) / total - q).tobytes()
+
+
+@needs_torch
+def test_softmax_of_masked_rows_is_torchs() -> None:
+    import torch
+
+    z = np.array([[0, 1, -INF], [-INF, 3, -INF], [-INF, -INF, -INF], [INF, 0, 0], [NAN, 0, 0]])
+    for F in engines():
+        p = F.to_numpy(F.softmax(convert(F, z)))
+        np.testing.assert_allclose(p, torch.softmax(torch.from_numpy(z), -1).numpy(), rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_targets_may_be_of_any_integer_dtype(dtype: str) -> None:
+    z, targets = 3 * random(5, 100), [99, 0, 3, 98, 60]
+    for F in engines():
+        loss, dlogits = F.cross_entropy_loss(convert(F, z), convert(F, np.array(targets, "int64")))
+        for given_ in (convert(F, np.array(targets, dtype)), targets):
+            got, dgot = F.cross_entropy_loss(convert(F, z), given_)
+            assert got == loss and np.array_equal(F.to_numpy(dgot), F.to_numpy(dlogits))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int64", "uint8"])
+def test_logits_of_other_dtypes_are_refused(dtype: str) -> None:
+    for F in engines():
+        with pytest.raises(ValueError, match=f"logits of float32 or float64, got {dtype}"):
+            F.cross_entropy_loss(convert(F, np.ones((2, 3), dtype)), convert(F, np.array([0, 1])))
+
+
 def test_softmax_of_extreme_rows_sums_to_one() -> None:
     z = np.array([[1e4, 0, -1e4], [-1e4, -1e4, -1e4], [88.8, 88.8, 0]], np.float32)
     for F in engines():
@@ -699,6 +780,52 @@ def test_a_window_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    "three", [np.int64(3), np.uint8(3), np.array(3), (np.int32(3), 3), [3, np.int64(3)], np.array([3, 3], np.uint8)]
+)
+def test_sizes_may_be_numpys(three: Any) -> None:
+    x, W, b = random(2, 3, 9, 8), random(4, 3, 3, 3, seed=1), random(4, seed=2)
+    cases = [("conv2d", [x, W, b], (), {"stride": three, "padding": three})]
+    cases += [(pool, [x], (three,), {"stride": three}) for pool in ("max_pool2d", "avg_pool2d")]
+    for F in engines():
+        for name, arrays, sizes, options in cases:
+            plain = dict.fromkeys(options, 3)
+            expected = run(F, name, arrays, *(3 for _ in sizes), **plain)
+            y, cache = getattr(F, name)(*(convert(F, a) for a in arrays), *sizes, **options)
+            assert np.array_equal(F.to_numpy(y), expected[0])
+            grads = getattr(F, f"{name}_backward")(convert(F, random(*y.shape, seed=99)), cache)
+            for got, want in zip(grads if isinstance(grads, tuple) else (grads,), expected[1:], strict=True):
+                assert np.array_equal(F.to_numpy(got), want)
+    assert functional.conv2d(x, W, padding=three)[0].shape == (2, 4, 13, 12)
+    assert functional.col2im(functional.im2col(x, 3, 3, three, three), x.shape, 3, 3, three, three).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "size", [3.0, np.float32(3), True, np.True_, (3, True), "33", "3", (3,), (3, 3, 3), None, [[3], 3]]
+)
+def test_what_is_no_size_is_refused(size: Any) -> None:
+    x, W = random(2, 3, 9, 8), random(4, 3, 3, 3, seed=1)
+    message = "a size must be one whole number, or two for height and width, got"
+    for F in engines():
+        for option in ("stride", "padding"):
+            with pytest.raises(ValueError, match=message):
+                F.conv2d(convert(F, x), convert(F, W), **{option: size})
+        for pool in (F.max_pool2d, F.avg_pool2d):
+            with pytest.raises(ValueError, match=message):
+                pool(convert(F, x), size)
+            with pytest.raises(ValueError, match=message):
+                pool(convert(F, x), 3, padding=size)
+    with pytest.raises(ValueError, match=message):
+        layers.Conv2d(3, 4, size)
+
+
+def test_a_layer_takes_numpys_sizes() -> None:
+    three, x = np.int64(3), random(2, 3, 8, 8, dtype="float32")
+    layer = layers.Conv2d(three, np.uint8(4), three, np.int64(1), np.int8(1))
+    assert layer.params["weight"].shape == (4, 3, 3, 3) and layer.forward(x).shape == (2, 4, 8, 8)
+    assert layers.MaxPool2d(np.int64(2)).forward(x).shape == layers.AvgPool2d(np.uint8(2)).forward(x).shape
+
+
+@pytest.mark.parametrize(
     ("targets", "message"),
     [
         (np.array([0, 1, 3]), r"targets must lie in 0\.\.2, got 0\.\.3"),
@@ -721,6 +848,9 @@ def test_losses_that_mean_nothing_are_refused() -> None:
             F.cross_entropy_loss(convert(F, np.zeros((0, 3))), convert(F, np.zeros(0, np.int64)))
         with pytest.raises(ValueError, match="'mean' or 'sum', got 'none'"):
             F.cross_entropy_loss(convert(F, random(1, 3)), convert(F, np.array([0])), reduction="none")
+        for smoothing in (-0.1, 1.5, NAN):
+            with pytest.raises(ValueError, match=r"label_smoothing must lie in 0\.\.1"):
+                F.cross_entropy_loss(convert(F, random(1, 3)), convert(F, np.array([0])), label_smoothing=smoothing)
 
 
 def test_batch_norm_of_a_single_value_is_refused_in_training_only() -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from cnnmpi.__main__ import main as cnnmpi
+from cnnmpi.checkpoint import load
 from cnnmpi.evaluate import main as evaluate
 from cnnmpi.predict import main as predict
 from cnnmpi.train.__main__ import main as train
@@ -129,7 +131,7 @@ def test_an_abort_waits_until_the_launcher_has_read_what_was_said():
         assert unread.wait(timeout=HANGS_S) == 3, "but not for ever"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_resume(number, data, tmp_path, undisturbed):
     out = tmp_path / "run"
     job = start_and_wait(command(1, data, out, "--checkpoint-every", "1"), out)
@@ -138,6 +140,72 @@ def test_a_signal_saves_and_says_how_to_resume(number, data, tmp_path, undisturb
     assert job.returncode == 75, errors
     assert f"--resume --out {out}" in output
     assert digest(run(*command(1, data, out, "--resume")).stdout) == undisturbed
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    job = start_and_wait(["nohup", *command(1, data, out)], out)
+    job.send_signal(signal.SIGHUP)
+    output, errors = job.communicate(timeout=HANGS_S)
+    assert job.returncode == 0 and digest(output) == undisturbed, errors
+
+
+@pytest.mark.fault
+def test_sigterm_ends_a_process_whose_data_never_come(tmp_path):
+    pipe = tmp_path / "data.h5"
+    os.mkfifo(pipe)
+    job = subprocess.Popen(
+        command(1, pipe, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with pipe.open("wb"):  # returns when the job has opened it, too
+        job.terminate()
+        job.communicate(timeout=HANGS_S)
+    assert job.returncode == -signal.SIGTERM and not (tmp_path / "run" / "last.h5").exists()
+
+
+DEAF = """
+import hashlib, sys
+from cnnmpi.data import DataLoader
+from cnnmpi.train import signals
+from cnnmpi.train.__main__ import main
+signals.PATIENCE_S, signals.TIMES = 1.0, 0
+batch = DataLoader.batch
+def deaf(self, step, shard):
+    if (step, shard) == (5, 7):
+        print("deaf", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # a library call of half an hour, without Python's lock
+    return batch(self, step, shard)
+DataLoader.batch = deaf
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.fault
+@needs_mpirun
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_ends_a_job_in_which_a_library_call_does_not_return(ranks, data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    args = command(ranks, data, out, "--checkpoint-every", "1")
+    at = args.index("-m")
+    args[at : at + 2] = ["-c", DEAF]
+    job = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert any("deaf" in line for line in job.stdout)
+    os.kill(rank_pids(out)[-1], signal.SIGTERM)
+    _, errors = job.communicate(timeout=HANGS_S)
+    assert job.returncode != 0 and "SIGTERM asked to stop, but step 5 does not end" in errors
+    assert all_gone(out)
+    assert digest(run(*command(2, data, out, "--resume")).stdout) == undisturbed
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("shell", ["{} > /dev/full", "{} >&-", "{} 2>&- >&-", "{} | head -1"])
+def test_a_run_goes_on_whatever_becomes_of_its_output(shell, data, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    line = shell.format(shlex.join(command(1, data, out)))
+    result = run("bash", "-c", f"set -o pipefail; {line}")
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert load(out / "last.h5")[1]["weights_sha256"] == undisturbed
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 @pytest.mark.fault

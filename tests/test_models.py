@@ -1,12 +1,15 @@
 """Models: against torch.nn with autograd over several steps, on both engines; custom wiring; state and its errors."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
 from cnnmpi import layers as L
 from cnnmpi import optim
 from cnnmpi.functional import cross_entropy_loss
-from cnnmpi.models import MODELS, Model, SimpleCNN, SmallResNet
+from cnnmpi.models import MODELS, FlatArrays, Model, SimpleCNN, SmallResNet
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -24,6 +27,15 @@ class TorchSimpleCNN(nn.Module):
 
     def forward(self, x):
         return self.classifier(self.features(x).flatten(1))
+
+
+def gradients(model: Model) -> np.ndarray:
+    """All gradients in one NumPy array."""
+    return np.concatenate([model.F.to_numpy(grad).ravel() for _, grad in model.parameters()])
+
+
+def bits(model: Model) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in model.state_dict().items()}
 
 
 def batch(n=6, size=32, seed=0):
@@ -75,7 +87,7 @@ def test_the_engines_agree_in_float32(name):
             x, y = torch.from_numpy(x), torch.from_numpy(y)
         _, dlogits = model.F.cross_entropy_loss(model.forward(x), y)
         model.backward(dlogits)
-        grads.append(np.array(model.F.to_numpy(model.flat_grads)))
+        grads.append(gradients(model))
     assert np.linalg.norm(grads[0] - grads[1]) < 1e-2 * np.linalg.norm(grads[0])
 
 
@@ -84,7 +96,7 @@ def test_simple_cnn_is_the_documented_network():
     twin.load_state_dict({name: torch.from_numpy(a) for name, a in model.state_dict().items()}, strict=True)
     x, _ = batch()
     np.testing.assert_allclose(model.forward(x), twin(torch.from_numpy(x)).detach().numpy(), atol=1e-5)
-    assert model.flat_params.size == 60_362
+    assert sum(param.size for param, _ in model.parameters()) == 60_362
 
 
 def test_switching_engines_keeps_every_bit_and_a_living_optimizer():
@@ -162,14 +174,19 @@ def test_the_flat_arrays_are_the_parameters():
     model = SimpleCNN(in_channels=1, num_classes=3, image_size=8)
     names = list(model.named_parameters())
     assert names[:2] == ["features.0.weight", "features.0.bias"] and names[-1] == "classifier.bias"
-    model.flat_params[...] = np.arange(model.flat_params.size)
-    assert model.features.layers[0].params["bias"][0] == 32 * 9
+    before, flat = bits(model), FlatArrays(model)
+    assert bits(model) == before
+    flat.params[...] = np.arange(flat.params.size)
+    assert model.features[0].params["bias"][0] == 32 * 9
     for param, grad in model.parameters():
-        assert np.shares_memory(param, model.flat_params) and np.shares_memory(grad, model.flat_grads)
+        assert np.shares_memory(param, flat.params) and np.shares_memory(grad, flat.grads)
     model.parameters()[0][1][...] = 1
-    assert model.flat_grads.sum() == 32 * 9
+    assert flat.grads.sum() == 32 * 9
     model.zero_grad()
-    assert not model.flat_grads.any()
+    assert not flat.grads.any()
+    other = SimpleCNN(in_channels=1, num_classes=3, image_size=8, seed=1)
+    shared = FlatArrays(other, flat.params)
+    assert bits(other) == bits(model) and not np.shares_memory(shared.grads, flat.grads)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -182,7 +199,7 @@ def test_skip_input_grad_changes_only_dx(name):
         _, dlogits = cross_entropy_loss(model.forward(x), y)
         outputs.append(model.backward(dlogits))
     assert outputs[0].shape == x.shape and outputs[1] is None
-    np.testing.assert_array_equal(one.flat_grads, two.flat_grads)
+    np.testing.assert_array_equal(gradients(one), gradients(two))
 
 
 def test_what_nothing_learns_before_is_not_computed():
@@ -197,15 +214,15 @@ def test_what_nothing_learns_before_is_not_computed():
 
 
 def test_seeds_choose_the_weights():
-    assert SimpleCNN(seed=1).flat_params.tobytes() == SimpleCNN(seed=1).flat_params.tobytes()
-    assert SimpleCNN(seed=1).flat_params.tobytes() != SimpleCNN(seed=2).flat_params.tobytes()
+    assert bits(SimpleCNN(seed=1)) == bits(SimpleCNN(seed=1))
+    assert bits(SimpleCNN(seed=1)) != bits(SimpleCNN(seed=2))
 
 
 @pytest.mark.fault
 def test_load_state_dict_lists_all_that_does_not_fit_and_changes_nothing():
     model = SimpleCNN()
     state = model.state_dict()
-    before = model.flat_params.copy()
+    before = bits(model)
     state["extra.weight"] = np.zeros(3)
     del state["features.0.bias"]
     state["classifier.weight"] = np.zeros((7, 7), np.float32)
@@ -214,7 +231,7 @@ def test_load_state_dict_lists_all_that_does_not_fit_and_changes_nothing():
         model.load_state_dict(state)
     for part in ("missing features.0.bias (32,)", "unexpected extra.weight (3,)", "(7, 7), expected (10, 4096)"):
         assert part in str(error.value)
-    np.testing.assert_array_equal(model.flat_params, before)
+    assert bits(model) == before
 
 
 def test_wiring_that_would_train_wrongly_is_refused():
@@ -231,11 +248,6 @@ def test_wiring_that_would_train_wrongly_is_refused():
             super().__init__()
             self.one = self.two = L.Linear(2, 2)
 
-    class Nested(Model):
-        def __init__(self):
-            super().__init__()
-            self.inner = SimpleCNN(image_size=8)
-
     x, _ = batch(size=8)
     model = ForwardOnly()
     with pytest.raises(TypeError, match="must define the backward"):
@@ -244,13 +256,170 @@ def test_wiring_that_would_train_wrongly_is_refused():
         Listed().parameters()
     with pytest.raises(ValueError, match="one layer stands at 'one' and 'two'"):
         Twice().parameters()
-    with pytest.raises(ValueError, match="inner is a Model"):
-        Nested().parameters()
+
+
+# -- who owns the arrays ----------------------------------------------------------------------------------------------
+
+
+def train_step(model: Model, optimizer: optim.Optimizer, classes: int = 10, size: int = 8) -> float:
+    x, y = batch(size=size)
+    optimizer.zero_grad()
+    loss, dlogits = model.F.cross_entropy_loss(model.forward(model.as_array(x)), model.as_array(y % classes))
+    model.backward(dlogits)
+    optimizer.step()
+    return loss
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_an_optimizer_over_a_part_made_before_the_first_forward_trains_that_part(engine):
+    model = SimpleCNN(image_size=8)
+    before = model.state_dict()
+    optimizer = optim.SGD(model.classifier.parameters(), lr=0.002)
+    if engine == "torch":
+        model.to_torch()
+    losses = [train_step(model, optimizer) for _ in range(5)]
+    after = model.state_dict()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"classifier.weight", "classifier.bias"} and losses[-1] < losses[0]
+
+
+def test_a_new_head_on_a_trained_model_learns():
+    model = SimpleCNN(image_size=8)
+    train_step(model, optim.SGD(model.parameters(), lr=0.002))
+    trunk = model.state_dict()
+    model.classifier = L.Linear(64 * 4, 3)
+    model.features[2] = L.ReLU()
+    assert model.parameters()[-1][0].shape == (3,) and model.classifier.name == "classifier"
+    assert [name for name, _ in model.walk()][1:] == [*(n for n, _ in SimpleCNN(image_size=8).walk())][1:]
+    head = model.classifier.params["weight"].copy()
+    losses = [train_step(model, optim.SGD(model.parameters(), lr=0.002), classes=3) for _ in range(5)]
+    assert losses[-1] < losses[0] and not np.array_equal(model.classifier.params["weight"], head)
+    assert not np.array_equal(model.state_dict()["features.0.weight"], trunk["features.0.weight"])
+    assert model.state_dict()["classifier.weight"].shape == (3, 256)
+    model.zero_grad()
+    assert not gradients(model).any()
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_copies_are_whole_and_their_own(way, flat, engine):
+    model = SmallResNet(image_size=16, widths=(4, 4, 8, 8))
+    if engine == "torch":
+        model.to_torch()
+    if flat:
+        FlatArrays(model)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train_step(model, optimizer, size=16)
+    original = bits(model)
+    both = (model, optimizer)
+    twin, its_optimizer = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+    assert bits(twin) == original and twin.use_torch == model.use_torch
+    train_step(twin, its_optimizer, size=16)
+    assert bits(model) == original and bits(twin) != original
+    train_step(model, optimizer, size=16)
+    assert bits(model) == bits(twin)
+    twin.zero_grad()
+    assert not gradients(twin).any() and gradients(model).any()
+    learned = bits(twin)
+    assert bits(twin.to_torch().to_numpy()) == learned
+
+
+@pytest.mark.parametrize("move", ["flat", "float64", "flat torch"])
+def test_an_optimizer_whose_arrays_were_replaced_raises(move):
+    model = SimpleCNN(image_size=8)
+    if move == "flat torch":
+        model.to_torch()
+    stale = optim.SGD(model.parameters(), lr=0.1)
+    model.astype(np.float64) if move == "float64" else FlatArrays(model)
+    with pytest.raises(RuntimeError, match="no longer the model's"):
+        stale.step()
+    optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_a_model_inside_a_model_is_a_layer():
+    class Ensemble(Model):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.head = SimpleCNN(image_size=8, num_classes=6), L.Linear(6, 10)
+
+    model = Ensemble()
+    optimizer = optim.SGD(model.parameters(), lr=0.002)
+    losses = [train_step(model, optimizer) for _ in range(5)]
+    assert losses[-1] < losses[0] and "trunk.features.0.weight" in model.state_dict()
+    FlatArrays(model)
+    model.to_torch().to_numpy()
+
+
+@pytest.mark.parametrize(
+    "hidden", [[L.ReLU()], (L.ReLU(),), {"a": L.Linear(2, 2)}, [[L.ReLU()]], {L.Identity()}], ids=str
+)
+def test_layers_that_nobody_would_find_are_an_error_at_every_door(hidden):
+    class Net(Model):
+        def __init__(self):
+            super().__init__()
+            self.first = L.Linear(2, 2)
+            self.layers = hidden
+
+    class Grown(L.Sequential):
+        pass
+
+    for call in ("parameters", "train", "eval", "state_dict", "to_numpy"):
+        with pytest.raises(ValueError, match=r"layers is a .* of layers, which would not learn: make it a Sequential"):
+            getattr(Net(), call)()
+    with pytest.raises(ValueError, match="make it a Sequential"):
+        Net().forward(np.zeros((1, 2), np.float32))
+    grown = Grown(L.ReLU())
+    grown.more = hidden
+    with pytest.raises(ValueError, match="more is a"):
+        grown.parameters()
+
+
+def test_what_makes_no_tree_is_refused():
+    class Early(Model):
+        def __init__(self):
+            self.fc = L.Linear(2, 2)
+
+    with pytest.raises(TypeError, match=r"Early: call super\(\).__init__\(\) before fc is assigned"):
+        Early()
+    with pytest.raises(ValueError, match="one layer stands at '0' and '2'"):
+        L.Sequential(relu := L.ReLU(), L.Linear(2, 2), relu)
+    with pytest.raises(TypeError, match="Sequential: expected layers, one after another, got a list"):
+        L.Sequential([L.ReLU()])
+    loop = SimpleCNN(image_size=8)
+    loop.features.owner = loop
+    with pytest.raises(ValueError, match=r"one layer stands at '' and 'features\.owner'"):
+        loop.parameters()
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_evaluation_keeps_nothing_for_a_backward_pass(engine):
+    model = SmallResNet(image_size=16)
+    if engine == "torch":
+        model.to_torch()
+    x = model.as_array(batch(size=16)[0])
+    model.forward(x)
+    assert any(layer._cache is not None for _, layer in model.walk())
+    model.eval()
+    assert all(layer._cache is None for _, layer in model.walk()), "after training, too"
+    y = model.forward(x)
+    assert all(layer._cache is None for _, layer in model.walk())
+    with pytest.raises(RuntimeError, match=r"eval\(\) keeps nothing for it, train_mode\(False\) does"):
+        model.backward(y)
+    model.train()
+    model.train_mode(False)  # running statistics, and a backward pass
+    np.testing.assert_array_equal(model.F.to_numpy(model.forward(x)), model.F.to_numpy(y))
+    model.backward(y)
+    model.train()
+    model.stage1.train_mode(False)
+    with model.evaluating():
+        assert not any(layer.training or layer.caching for _, layer in model.walk())
+    frozen = {name for name, layer in model.walk() if not layer.training}
+    assert frozen == {name for name, _ in model.walk() if name.startswith("stage1")}
 
 
 def test_errors_name_the_layer_in_the_model():
     model = SimpleCNN()
-    model.parameters()
     with pytest.raises(ValueError, match=r"features\.0 Conv2d\(3, 32, 3.*got \(1, 1, 32, 32\)"):
         model.forward(np.zeros((1, 1, 32, 32), np.float32))
     with pytest.raises(ValueError, match="4x4 pixels"):
@@ -276,7 +445,7 @@ def test_gpu_equals_numpy(name):
     _, d = cross_entropy_loss(twin.forward(x), y)
     twin.backward(d)
     # a GPU's float32 convolutions may round their inputs to TF32 (10 bits); scale by the largest gradient
-    scale = np.abs(twin.flat_grads).max()
-    np.testing.assert_allclose(model.flat_grads.cpu().numpy() / scale, twin.flat_grads / scale, atol=5e-3)
+    scale = np.abs(gradients(twin)).max()
+    np.testing.assert_allclose(gradients(model) / scale, gradients(twin) / scale, atol=5e-3)
     with pytest.raises(RuntimeError, match="no longer the model's"):
         stale.step()

@@ -1,11 +1,12 @@
 """Optimizers against torch.optim, schedules at their corners, clipping."""
 
+import inspect
 import math
 
 import numpy as np
 import pytest
 
-from cnnmpi import optim
+from cnnmpi import layers, optim
 
 torch = pytest.importorskip("torch")
 
@@ -40,6 +41,49 @@ def test_ten_steps_equal_torch(ours, theirs, options, engine):
     for (param, _), twin in zip(pairs, twins, strict=True):
         # float64; Adam divides by roots, so a few units in the last place per step
         np.testing.assert_allclose(np.asarray(param), twin.detach().numpy(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_the_defaults_of_optimizers_are_torchs(name):
+    ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (optim, torch.optim))
+    own = {"parameters", "decay_all"}
+    assert {option: ours[option].default for option in ours if option not in own} == {
+        option: theirs[option].default for option in ours if option not in own
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "twin", "named"),  # named: what the two call the same
+    [
+        ("Conv2d", "Conv2d", {"in_c": "in_channels", "out_c": "out_channels", "k": "kernel_size"}),
+        ("Linear", "Linear", {}),
+        ("BatchNorm", "BatchNorm2d", {}),
+        ("Dropout", "Dropout", {}),
+        ("MaxPool2d", "MaxPool2d", {"k": "kernel_size"}),
+        ("AvgPool2d", "AvgPool2d", {"k": "kernel_size"}),
+    ],
+)
+def test_the_defaults_of_layers_are_torchs(name, twin, named):
+    ours, theirs = (inspect.signature(kind).parameters for kind in (getattr(layers, name), getattr(torch.nn, twin)))
+    own = {"rng", "dtype", "relu", "seed"}
+    shared = [option for option in ours if option not in own]
+    assert shared and {option: ours[option].default for option in shared} == {
+        option: theirs[named.get(option, option)].default for option in shared
+    }
+
+
+def test_adamw_decays_unless_told_not_to():
+    for options, expected in (({}, 1 - 0.1 * 0.01), ({"weight_decay": 0.0}, 1.0)):
+        pairs = [(np.ones((2, 2)), np.zeros((2, 2)))]
+        optim.AdamW(pairs, lr=0.1, **options).step()
+        assert (pairs[0][0] == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int64"])
+def test_parameters_too_narrow_to_learn_are_refused(dtype):
+    for array in (np.ones(2, dtype), torch.ones(2, dtype=getattr(torch, dtype))):
+        with pytest.raises(ValueError, match="expected float32 or float64 parameters"):
+            optim.Adam([(array, array)])
 
 
 def test_biases_are_not_decayed_by_default():

@@ -250,9 +250,9 @@ def keys_every_draw(bench: Bench, field: str, value: Any) -> None:
 
 def computes_in_torch(bench: Bench, field: str, value: Any) -> None:
     trainer = bench.finished(backend=value)
-    assert isinstance(trainer.model.flat_params, torch.Tensor) and trainer.model.use_torch
+    assert isinstance(trainer.flat.params, torch.Tensor) and trainer.model.use_torch
     assert largest_difference(trainer.model.state_dict(), trained_by_torch(images(), PLAIN)) < TOLERANCE
-    assert isinstance(bench.trainer(backend="numpy", out=bench.folder / "b").model.flat_params, np.ndarray)
+    assert isinstance(bench.trainer(backend="numpy", out=bench.folder / "b").flat.params, np.ndarray)
 
 
 def is_asked_of_torch(bench: Bench, field: str, value: Any) -> None:
@@ -282,7 +282,7 @@ def rounds_as_it_says(bench: Bench, field: str, value: Any) -> None:
         backward = trainer.model.backward
         trainer.model.backward = lambda dout: backward(dout * np.float32(1e-6))  # type: ignore[method-assign]
         trainer.train_step()
-        gradient = np.asarray(trainer.model.flat_grads, np.float64)
+        gradient = np.asarray(trainer.flat.grads, np.float64)
         assert np.abs(gradient).max() > 2.0**-24
         return gradient * 2.0**40 % 1 == 0
 
@@ -454,20 +454,15 @@ def test_the_plain_run_is_the_twins(bench):
     assert largest_difference(trainer.model.state_dict(), trained_by_torch(images(), PLAIN)) < TOLERANCE
 
 
-def parsed(argv: list[str]) -> Config:
-    result = parse(argv)
-    return result[0] if isinstance(result, tuple) else result
-
-
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_setting_has_a_flag_and_a_key(field, tmp_path):
     value = False if field == "flip" else ROWS[field][0][0]
-    usual = parsed([])
+    usual = parse([])
     path = tmp_path / "settings.toml"
     path.write_text(tomli_w.dumps({field: str(value) if isinstance(value, Path) else value}))
     flag = "--" + field.replace("_", "-")
     for argv in (["--no-flip"] if field == "flip" else [flag, str(value)], ["--config", str(path)]):
-        config = parsed(argv)
+        config = parse(argv)
         assert getattr(config, field) == value
         assert [name for name in FIELDS if getattr(config, name) != getattr(usual, name)] == [field]
 

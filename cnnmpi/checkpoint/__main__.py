@@ -6,7 +6,6 @@ python -m cnnmpi.checkpoint diff a/last.h5 b/last.h5
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ import tyro
 
 from cnnmpi.checkpoint.atomic import CheckpointError
 from cnnmpi.checkpoint.format import Array, load, weights_digest
+from cnnmpi.console import command, complain, printable, table
 
 PROGRAM = "cnnmpi.checkpoint"
+LONGEST_LIST = 20  # of an attribute, shown whole
 
 
 @dataclass
@@ -50,31 +51,27 @@ Command = (
 )
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; 2 stands for an error, told in one line."""
-    command = tyro.cli(Command, args=argv, prog=f"python -m {PROGRAM}", description="Look into checkpoints.")
+    wanted = tyro.cli(Command, args=argv, prog=f"python -m {PROGRAM}", description="Look into checkpoints.")
     try:
-        code = run(command)
-        sys.stdout.flush()
-        return code
+        return run(wanted)
     except CheckpointError as error:
-        complain(str(error))
-        return 2
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        complain(PROGRAM, error)
         return 2
 
 
-def run(command: Show | Verify | Diff) -> int:
-    """Run ``command``; return its exit code."""
-    if isinstance(command, Diff):
-        return diff(command.a, command.b)
-    if not command.files:
+def run(wanted: Show | Verify | Diff) -> int:
+    """Do what is ``wanted``; return the exit code."""
+    if isinstance(wanted, Diff):
+        return diff(wanted.a, wanted.b)
+    if not wanted.files:
         raise CheckpointError("no file is named; name at least one checkpoint")
-    if isinstance(command, Verify):
-        verdicts = [verify(path) for path in command.files]
+    if isinstance(wanted, Verify):
+        verdicts = [verify(path) for path in wanted.files]
         return 0 if all(verdicts) else 1
-    for path in command.files:
+    for path in wanted.files:
         show(path)
     return 0
 
@@ -82,14 +79,15 @@ def run(command: Show | Verify | Diff) -> int:
 def show(path: Path) -> None:
     """Print what a checkpoint holds."""
     arrays, attributes = load(path)
-    print(printable(str(path)))
+    print(printable(path))
     for name, value in sorted(attributes.items()):
-        print(f"  {printable(name)}: {printable(value) if isinstance(value, str) else value}")
-    width = max([len(printable(name)) for name in arrays], default=4)
-    print(f"  {'name':{width}}  {'shape':>18}  {'dtype':7}  {'min':>11}  {'max':>11}  {'norm':>11}")
-    for name, array in sorted(arrays.items()):
-        numbers = "  ".join(f"{value:11.4g}" for value in summary(array))
-        print(f"  {printable(name):{width}}  {shape_text(array):>18}  {array.dtype.name:7}  {numbers}")
+        print(f"  {printable(name)}: {shortened(value)}")
+    head = ("  name", "shape", "dtype", "min", "max", "norm")
+    rows = [
+        (f"  {name}", shape_text(array), array.dtype.name, *(f"{value:.4g}" for value in summary(array)))
+        for name, array in sorted(arrays.items())
+    ]
+    print(table(head, rows))
     for group in sorted({name.split("/")[0] for name in arrays}):
         members = [array for name, array in arrays.items() if name.split("/")[0] == group]
         count, size = sum(array.size for array in members), sum(array.nbytes for array in members)
@@ -101,14 +99,16 @@ def verify(path: Path) -> bool:
     try:
         arrays, attributes = load(path)
     except CheckpointError as error:
-        complain(str(error))
+        complain(PROGRAM, error)
         return False
     weights = {name.removeprefix("model/"): array for name, array in arrays.items() if name.startswith("model/")}
     digest = weights_digest(weights)
     if attributes.get("weights_sha256", digest) != digest:
-        complain(f"{path}: its weights give {digest}, its attribute weights_sha256 says otherwise; do not use it")
+        complain(
+            PROGRAM, f"{path}: its weights give {digest}, its attribute weights_sha256 says otherwise; do not use it"
+        )
         return False
-    print(f"ok {printable(str(path))} weights_sha256={digest}")
+    print(f"ok {printable(path)} weights_sha256={digest}")
     return True
 
 
@@ -153,14 +153,12 @@ def shape_text(array: Array) -> str:
     return "x".join(map(str, array.shape)) or "scalar"
 
 
-def printable(text: Any) -> str:
-    """Return ``text``, escaped where a terminal could take it for commands."""
-    return text if text.isprintable() else ascii(text)
-
-
-def complain(text: str) -> None:
-    """Print one line of error."""
-    print(f"{PROGRAM}: error: {printable(text)}", file=sys.stderr)
+def shortened(value: Any) -> str:
+    """Return an attribute's value in one line; of a long list, how it begins and how long it is."""
+    if isinstance(value, list) and len(value) > LONGEST_LIST:
+        beginning = ", ".join(map(repr, value[:LONGEST_LIST]))
+        return f"[{beginning}, ...] of {len(value)}"
+    return printable(value)
 
 
 if __name__ == "__main__":

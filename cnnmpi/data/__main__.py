@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from cnnmpi.console import command, complain, printable
 from cnnmpi.data.archive import read_archive
 from cnnmpi.data.dataset import DataError
 from cnnmpi.data.hdf5 import write_hdf5
@@ -21,17 +22,18 @@ class Convert:
     """The HDF5 file to write."""
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit code: 0, or 2 for data that cannot be used."""
-    command = tyro.cli(Convert, args=argv, prog="cnnmpi.data")
+    wanted = tyro.cli(Convert, args=argv, prog="cnnmpi.data")
     try:
-        dataset = read_archive(command.archive)
-        write_hdf5(command.out, dataset)
+        dataset = read_archive(wanted.archive)
+        write_hdf5(wanted.out, dataset)
     except DataError as error:
-        print(f"cnnmpi.data: error: {error}", file=sys.stderr)
+        complain("cnnmpi.data", error)
         return 2
     print(
-        f"{command.out}: {dataset.source}, {len(dataset.train_labels)} train and "
+        f"{printable(wanted.out)}: {printable(dataset.source)}, {len(dataset.train_labels)} train and "
         f"{len(dataset.test_labels)} test images, {len(dataset.classes)} classes, sha256 {dataset.sha256}"
     )
     return 0

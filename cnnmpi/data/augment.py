@@ -17,6 +17,8 @@ def random_horizontal_flip(images: Array, flip: Array) -> Array:
     N, C, H, W = images.shape
     rows = nhwc(images).reshape(N, H, W * C).copy()
     mirrored = np.arange(W * C).reshape(W, C)[::-1].ravel()
+    if flip.shape != (N,) or flip.dtype != bool:
+        raise ValueError(f"random_horizontal_flip: expected {N} draws of bool, got {flip.dtype} {flip.shape}")
     rows[flip] = rows[flip].take(mirrored, axis=2)
     return nchw(rows.reshape(N, H, W, C))
 
@@ -49,7 +51,7 @@ def cutout(images: Array, top: Array, left: Array, size: int) -> Array:
         if draws.shape != (N,) or (N and not 0 <= draws.min() <= draws.max() <= length - size):
             raise ValueError(f"cutout: expected {N} draws in 0..{length - size}")
     pixels = nhwc(images).copy()
-    for image, t, l in zip(pixels, top, left, strict=True):
+    for image, t, l in zip(pixels, top.tolist(), left.tolist(), strict=True):  # as ints, which t + size cannot overflow
         image[t : t + size, l : l + size] = 0
     return nchw(pixels)
 
@@ -62,7 +64,7 @@ def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
         raise ValueError(f"normalize: expected a mean and a std for each of {C} channels, got {mean} and {std}")
     if not (np.isfinite(mean64).all() and np.isfinite(std64).all() and (std64 > 0).all()):
         raise ValueError(f"normalize: means must be finite and stds positive, got {mean} and {std}")
-    unit = 255 if images.dtype == np.uint8 else 1
+    unit = _unit(images)
     scale = np.tile((1 / (unit * std64)).astype(np.float32), W)
     shift = np.tile((-mean64 / std64).astype(np.float32), W)
     rows = nhwc(images).reshape(N * H, W * C).astype(np.float32)
@@ -73,6 +75,13 @@ def normalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
 
 def to_unit(images: Array) -> Array:
     """Return uint8 images as float32 in [0, 1]; float images as float32, unchanged."""
-    if images.dtype == np.uint8:
+    if _unit(images) == 255:
         return nchw(np.divide(nhwc(images), np.float32(255), dtype=np.float32))
     return nchw(nhwc(images).astype(np.float32))
+
+
+def _unit(images: Array) -> int:
+    """Return what stands for 1 in ``images``. Raises ValueError for integers but uint8: their range is not known."""
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise ValueError(f"expected images of uint8, or of floats in 0..1, got {images.dtype}")
+    return 255 if images.dtype == np.uint8 else 1

@@ -40,7 +40,13 @@ class ProgressBar:
     """What pooch asks of a progress bar (``total``, ``update``, ``reset``, ``close``), shown by rich on stderr."""
 
     def __init__(self, title: str) -> None:
-        columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn(title, markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task(title, total=None, visible=False)
 

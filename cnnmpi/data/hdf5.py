@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from cnnmpi.console import printable
 from cnnmpi.data.dataset import (
     BLOCK,
     Array,
@@ -177,7 +178,7 @@ def _attributes(path: Path, file: h5py.File) -> tuple[tuple[str, ...], str, str]
     classes = np.atleast_1d(file.attrs["classes"]).tolist()
     if not all(isinstance(name, bytes | str) for name in classes) or not classes:
         raise DataError(f"{path}: the attribute classes must be a list of names")
-    source, sha256 = file.attrs.get("source", str(path)), file.attrs.get("sha256", "")
+    source, sha256 = file.attrs.get("source", printable(path)), file.attrs.get("sha256", "")
     return tuple(_text(name) for name in classes), _text(source), _text(sha256)
 
 

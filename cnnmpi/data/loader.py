@@ -7,6 +7,7 @@ import numpy as np
 from cnnmpi.data.augment import cutout, normalize, random_crop, random_horizontal_flip, to_unit
 from cnnmpi.data.dataset import Array, nchw, nhwc, part_of
 from cnnmpi.rng import generator
+from cnnmpi.sizes import whole
 
 
 class DataLoader:
@@ -40,6 +41,9 @@ class DataLoader:
             raise ValueError(f"DataLoader: expected uint8 or float32 images (N, C, H, W), got {x.dtype} {x.shape}")
         if y.shape != (len(x),) or y.dtype.kind not in "iu":
             raise ValueError(f"DataLoader: expected {len(x)} integer labels, got {y.dtype} {y.shape}")
+        batch_size, shards = whole("DataLoader: batch_size", batch_size), whole("DataLoader: shards", shards)
+        crop_padding = whole("DataLoader: crop_padding", crop_padding)
+        cutout_size = whole("DataLoader: cutout_size", cutout_size)
         if batch_size < 1 or shards < 1 or crop_padding < 0:
             raise ValueError(
                 f"DataLoader: batch_size {batch_size} and shards {shards} must be at least 1, "

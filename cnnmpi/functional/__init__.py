@@ -17,7 +17,17 @@ from cnnmpi.functional.activation import (
     softmax,
     softmax_backward,
 )
-from cnnmpi.functional.arrays import as_array, channels_last_view, copy_into, to_numpy
+from cnnmpi.functional.arrays import (
+    address,
+    as_array,
+    channels_last_view,
+    copy_into,
+    empty,
+    is_intact,
+    retire,
+    seal,
+    to_numpy,
+)
 from cnnmpi.functional.blocks import set_threads
 from cnnmpi.functional.conv import col2im, conv2d, conv2d_backward, im2col, linear, linear_backward
 from cnnmpi.functional.init import kaiming_normal, kaiming_uniform, whitening, xavier_normal, xavier_uniform
@@ -34,6 +44,7 @@ from cnnmpi.functional.winograd import constant_filters
 
 __all__ = [
     "add",
+    "address",
     "as_array",
     "avg_pool2d",
     "avg_pool2d_backward",
@@ -48,11 +59,13 @@ __all__ = [
     "cross_entropy_loss",
     "dropout",
     "dropout_backward",
+    "empty",
     "flatten",
     "flatten_backward",
     "global_avg_pool2d",
     "global_avg_pool2d_backward",
     "im2col",
+    "is_intact",
     "kaiming_normal",
     "kaiming_uniform",
     "linear",
@@ -61,6 +74,8 @@ __all__ = [
     "max_pool2d_backward",
     "relu",
     "relu_backward",
+    "retire",
+    "seal",
     "set_threads",
     "softmax",
     "softmax_backward",

@@ -7,7 +7,7 @@ import numpy as np
 from cnnmpi.functional.blocks import Array, nchw
 
 
-def as_array(a: Array, like: Any) -> Array:
+def as_array(a: Array, like: Any = None) -> Array:
     """Return the NumPy array ``a`` as an array of this engine, on the device of ``like``; its dtype is kept."""
     return np.asarray(a)
 
@@ -20,6 +20,33 @@ def to_numpy(a: Array) -> Array:
 def copy_into(target: Array, source: Array) -> None:
     """Copy the NumPy array ``source`` into this engine's array ``target``, converted to the target's dtype."""
     target[...] = source
+
+
+def empty(size: int, like: Any = None) -> Array:
+    """Return a 1-D array of ``size`` numbers, not set yet, of the dtype and on the device of ``like``; else float32."""
+    return np.empty(size, np.float32 if like is None else like.dtype)
+
+
+def address(a: Array) -> int:
+    """Return where in memory the array begins: the same for two that share it."""
+    return int(a.ctypes.data)
+
+
+def retire(a: Array) -> None:
+    """Make an array read-only that was replaced by another: an optimizer that still holds it raises."""
+    a.flags.writeable = False
+
+
+def seal(y: Array, cache: Any) -> Any:
+    """Refuse changes of ``y`` in place, where ``cache`` needs it: it becomes read-only."""
+    parts = cache if isinstance(cache, tuple) else (cache,)
+    if any(isinstance(part, np.ndarray) and np.may_share_memory(part, y) for part in parts):
+        y.flags.writeable = False
+
+
+def is_intact(seal: Any) -> bool:
+    """Return whether what was sealed is as it was; here nobody could change it."""
+    return True
 
 
 def channels_last_view(flat: Array, shape: tuple[int, ...]) -> Array:

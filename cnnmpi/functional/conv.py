@@ -15,14 +15,10 @@ from numpy.lib.stride_tricks import as_strided
 
 from cnnmpi.functional import winograd
 from cnnmpi.functional.blocks import Array, add_bias, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
+from cnnmpi.sizes import Size as Size
+from cnnmpi.sizes import pair as pair
 
-Size = int | tuple[int, int]
 FEW_CHANNELS = 8  # below that im2col copies along the rows of the image rather than along the channels
-
-
-def pair(size: Size) -> tuple[int, int]:
-    """Return (height, width) of a size given as one number or two."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def out_size(in_size: int, k: int, stride: int, padding: int) -> int:

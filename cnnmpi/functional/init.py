@@ -15,8 +15,10 @@ def fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return (fan_in, fan_out), the inputs and outputs that a weight (out, in, ...) connects at one position."""
     if len(shape) < 2:
         raise ValueError(f"a weight of shape {shape} has no fan-in and fan-out: at least 2 dimensions are needed")
-    receptive = math.prod(shape[2:])
-    return shape[1] * receptive, shape[0] * receptive
+    if min(shape) < 1:
+        raise ValueError(f"a weight of shape {tuple(map(int, shape))} is empty: every size must be at least 1")
+    fan_out, fan_in, *window = map(int, shape)  # NumPy's narrow integers would overflow
+    return fan_in * math.prod(window), fan_out * math.prod(window)
 
 
 def kaiming_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

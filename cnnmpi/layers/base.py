@@ -1,6 +1,7 @@
 """What every layer is: parameters, gradients, buffers, children, and the cache between forward and backward."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,19 +16,32 @@ Pair = tuple[Array, Array]
 class Layer:
     """A differentiable function with parameters; the base of all layers, containers and models.
 
-    ``forward(x)`` computes y and keeps what backward needs; ``backward(dout)`` takes that, adds to the gradients of
-    the parameters and returns dx. Each backward needs a forward of its own: it raises RuntimeError without.
+    ``forward(x)`` computes y and keeps what backward needs; ``backward(dout)``, for ``dout`` of the shape of y, takes
+    that, adds to the gradients of the parameters and returns dx. Each backward needs a forward of its own: it raises
+    RuntimeError without. Between the two, x must stay as it is; a y that backward needs cannot be changed in place.
+
+    A layer owns its arrays. They are replaced only where the whole model moves (``Model.to_torch``, ``Model.astype``,
+    ``FlatArrays``); an optimizer over arrays that were replaced raises at its next step. Copies (``copy.deepcopy``,
+    ``pickle``) have arrays of their own, and begin without a forward.
     """
 
     F: ModuleType = functional
     training: bool = True
-    name: str = ""  # the dotted name inside a model, for messages
+    caching: bool = True  # whether forward keeps what backward needs
+    name: str = ""  # the dotted name inside the outermost layer, for messages and for what Dropout draws
 
     def __init__(self) -> None:
         self.params: dict[str, Array] = {}  # learned: changed by the optimizer
         self.grads: dict[str, Array] = {}  # one gradient for each parameter
         self.buffers: dict[str, Array] = {}  # kept with the parameters, but not learned: statistics, fixed filters
-        self._cache: Any = None
+        self._cache: Any = None  # what backward needs: the op's cache, the shape of y, the seal on y
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if isinstance(value, Layer):
+            if "params" not in vars(self):
+                raise TypeError(f"{type(self).__name__}: call super().__init__() before {key} is assigned")
+            value._rename(_join(self.name, key))
+        super().__setattr__(key, value)
 
     def forward(self, x: Array) -> Array:
         """Return the layer's output for ``x``."""
@@ -44,12 +58,28 @@ class Layer:
         for name, value in vars(self).items():
             if isinstance(value, Layer):
                 yield name, value
+            elif name not in self.lists and _holds_layers(value):
+                kind = type(value).__name__
+                where = f"{self.name} {type(self).__name__}".strip()
+                raise ValueError(f"{where}: {name} is a {kind} of layers, which would not learn: make it a Sequential")
 
-    def walk(self, prefix: str = "") -> Iterator[tuple[str, "Layer"]]:
-        """Yield (dotted name, layer) for this layer and all inside it, in the order of their definition."""
-        yield prefix, self
-        for name, child in self.children():
-            yield from child.walk(f"{prefix}.{name}" if prefix else name)
+    def walk(self) -> Iterator[tuple[str, "Layer"]]:
+        """Yield (dotted name, layer) for this layer and all inside it, in the order of their definition.
+
+        Raises ValueError where one layer stands at two places, or layers are hidden in a list, a tuple, a set or a
+        dictionary.
+        """
+        names: dict[int, str] = {}
+
+        def visit(layer: Layer, at: str) -> Iterator[tuple[str, Layer]]:
+            if id(layer) in names:
+                raise ValueError(f"{type(self).__name__}: one layer stands at {names[id(layer)]!r} and {at!r}")
+            names[id(layer)] = at
+            yield at, layer
+            for name, child in layer.children():
+                yield from visit(child, _join(at, name))
+
+        return visit(self, "")
 
     def named_parameters(self) -> dict[str, Pair]:
         """Return {dotted name: (parameter, gradient)}, named as the equivalent torch module names them."""
@@ -62,7 +92,7 @@ class Layer:
         return {_join(at, key): buffer for at, layer in self.walk() for key, buffer in layer.buffers.items()}
 
     def parameters(self) -> list[Pair]:
-        """Return [(parameter, gradient), ...]; both are updated in place, never replaced."""
+        """Return [(parameter, gradient), ...], as they are now; both are updated in place."""
         return list(self.named_parameters().values())
 
     def zero_grad(self) -> None:
@@ -83,7 +113,41 @@ class Layer:
     def skip_input_grad(self) -> None:
         """Let backward leave dx out (None): nothing before this layer learns. Layers may ignore it."""
 
+    # -- moving and copying ------------------------------------------------------------------------------------------
+
+    def _replace_arrays(self, F: ModuleType, convert: Callable[["Layer", Array], Array]) -> None:
+        """Compute with ``F`` from now on, and put ``convert(layer, array)`` in the place of every array.
+
+        What is left behind, unless it shares its memory with what came, is retired.
+        """
+        for _, layer in self.walk():
+            layer._cache = None
+            for arrays in (layer.params, layer.grads, layer.buffers):
+                for key, old in arrays.items():
+                    arrays[key] = convert(layer, old)
+                    if layer.F.address(old) != F.address(arrays[key]):
+                        layer.F.retire(old)
+            layer.F = F
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self) | {"_cache": None}
+        if "F" in state:  # a module, which knows no copies
+            state["F"] = self.F.__name__
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if "F" in state:
+            self.F = importlib.import_module(state["F"])
+
     # -- for layers --------------------------------------------------------------------------------------------------
+
+    lists: tuple[str, ...] = ()  # attributes that hold layers which ``children`` yields
+
+    def _rename(self, name: str) -> None:
+        """Be called ``name`` from now on, and the layers inside accordingly."""
+        for at, layer in self.walk():
+            vars(layer)["name"] = _join(name, at)
 
     def _add_parameter(self, key: str, value: np.ndarray[Any, Any], dtype: Any) -> None:
         """Define the parameter ``key`` and its gradient."""
@@ -102,14 +166,21 @@ class Layer:
 
     def _keep(self, result: tuple[Array, Any]) -> Array:
         """Keep the cache of an op's (y, cache) and return y."""
-        y, self._cache = result
+        y, cache = result
+        self._cache = (cache, tuple(y.shape), self.F.seal(y, cache)) if self.caching else None
         return y
 
-    def _taken(self) -> Any:
-        """Return the kept cache, once."""
-        cache, self._cache = self._cache, None
-        if cache is None:
-            raise RuntimeError(f"{self._label()}: backward() needs a forward() of its own before it")
+    def _taken(self, dout: Array) -> Any:
+        """Return the kept cache, once, for a ``dout`` of the shape of y."""
+        if self._cache is None:
+            why = "" if self.caching else ": eval() keeps nothing for it, train_mode(False) does"
+            raise RuntimeError(f"{self._label()}: backward() needs a forward() of its own before it{why}")
+        cache, shape, seal = self._cache
+        if tuple(dout.shape) != shape:
+            raise ValueError(f"{self._label()}: expected a dout of shape {shape}, as y has, got {tuple(dout.shape)}")
+        if not self.F.is_intact(seal):
+            raise RuntimeError(f"{self._label()}: its output was changed in place, but backward() needs it as it was")
+        self._cache = None
         return cache
 
     def _label(self) -> str:
@@ -136,4 +207,9 @@ class Layer:
 
 
 def _join(prefix: str, key: str) -> str:
-    return f"{prefix}.{key}" if prefix else key
+    return f"{prefix}.{key}" if prefix and key else prefix or key
+
+
+def _holds_layers(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return any(isinstance(item, Layer) or _holds_layers(item) for item in values)

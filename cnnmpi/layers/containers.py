@@ -27,24 +27,47 @@ class Identity(Layer):
 
     def forward(self, x: Array) -> Array:
         """Return x itself."""
-        return x
+        return self._keep((x, ()))
 
     def backward(self, dout: Array) -> Array:
         """Return dout itself."""
+        self._taken(dout)
         return dout
 
 
 class Sequential(Layer):
-    """y = last(... second(first(x))); its layers are named "0", "1", ... as in torch."""
+    """y = last(... second(first(x))); its layers are named "0", "1", ... as in torch.
+
+    ``layers`` is a tuple; ``chain[i] = layer`` puts another layer in the place of the i-th.
+    """
+
+    lists = ("layers",)
 
     def __init__(self, *layers: Layer) -> None:
         super().__init__()
-        self.layers = list(layers)
+        for layer in layers:
+            if not isinstance(layer, Layer):
+                raise TypeError(f"Sequential: expected layers, one after another, got a {type(layer).__name__}")
+        self.layers = layers
+        self._rename(self.name)
+
+    def __getitem__(self, index: int) -> Layer:
+        return self.layers[index]
+
+    def __setitem__(self, index: int, layer: Layer) -> None:
+        layers = list(self.layers)
+        layers[index] = layer
+        self.layers = tuple(layers)
+        self._rename(self.name)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
     def children(self) -> Iterator[tuple[str, Layer]]:
-        """Yield ("0", first), ("1", second), ..."""
+        """Yield ("0", first), ("1", second), ..., then what a subclass has besides."""
         for index, layer in enumerate(self.layers):
             yield str(index), layer
+        yield from super().children()
 
     def forward(self, x: Array) -> Array:
         """Apply the layers first to last."""

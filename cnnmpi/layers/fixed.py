@@ -19,7 +19,7 @@ class ReLU(Layer):
 
     def backward(self, dout: Array) -> Array:
         """Shape kept."""
-        return self.F.relu_backward(dout, self._taken())
+        return self.F.relu_backward(dout, self._taken(dout))
 
 
 class Dropout(Layer):
@@ -42,8 +42,7 @@ class Dropout(Layer):
     def forward(self, x: Array) -> Array:
         """Shape kept."""
         if not self.training or self.p == 0:
-            self._cache = ()  # nothing to keep, but backward may be called
-            return x
+            return self._keep((x, ()))
         rng = generator(self._seed, f"dropout {self.name}", *self._where, self._calls)
         self._calls += 1
         keep = self.F.as_array(rng.random(tuple(x.shape), dtype=np.float32) >= self.p, like=x)
@@ -51,7 +50,7 @@ class Dropout(Layer):
 
     def backward(self, dout: Array) -> Array:
         """Shape kept."""
-        cache = self._taken()
+        cache = self._taken(dout)
         return dout if isinstance(cache, tuple) else self.F.dropout_backward(dout, cache)
 
     def _options(self) -> str:
@@ -85,7 +84,7 @@ class MaxPool2d(_Pool):
 
     def backward(self, dout: Array) -> Array:
         """(N, C, Ho, Wo) -> (N, C, H, W)."""
-        return self.F.max_pool2d_backward(dout, self._taken())
+        return self.F.max_pool2d_backward(dout, self._taken(dout))
 
 
 class AvgPool2d(_Pool):
@@ -97,7 +96,7 @@ class AvgPool2d(_Pool):
 
     def backward(self, dout: Array) -> Array:
         """(N, C, Ho, Wo) -> (N, C, H, W)."""
-        return self.F.avg_pool2d_backward(dout, self._taken())
+        return self.F.avg_pool2d_backward(dout, self._taken(dout))
 
 
 class GlobalAvgPool2d(Layer):
@@ -110,7 +109,7 @@ class GlobalAvgPool2d(Layer):
 
     def backward(self, dout: Array) -> Array:
         """(N, C) -> (N, C, H, W)."""
-        return self.F.global_avg_pool2d_backward(dout, self._taken())
+        return self.F.global_avg_pool2d_backward(dout, self._taken(dout))
 
 
 class Flatten(Layer):
@@ -122,7 +121,7 @@ class Flatten(Layer):
 
     def backward(self, dout: Array) -> Array:
         """(N, C*H*W) -> (N, C, H, W)."""
-        return self.F.flatten_backward(dout, self._taken())
+        return self.F.flatten_backward(dout, self._taken(dout))
 
 
 class Softmax(Layer):
@@ -130,12 +129,12 @@ class Softmax(Layer):
 
     def forward(self, x: Array) -> Array:
         """Shape kept."""
-        self._cache = self.F.softmax(x)
-        return self._cache
+        y = self.F.softmax(x)
+        return self._keep((y, y))
 
     def backward(self, dout: Array) -> Array:
         """Shape kept."""
-        return self.F.softmax_backward(dout, self._taken())
+        return self.F.softmax_backward(dout, self._taken(dout))
 
 
 class Whitening(Layer):
@@ -162,7 +161,7 @@ class Whitening(Layer):
 
     def backward(self, dout: Array) -> Array:
         """(N, out_c, H, W) -> (N, in_c, H, W), or None after ``skip_input_grad()``."""
-        cache = self._taken()
+        cache = self._taken(dout)
         return self.F.conv2d_backward(dout, cache)[0] if self.input_grad else None
 
     def skip_input_grad(self) -> None:

@@ -47,7 +47,7 @@ class Conv2d(Layer):
 
     def backward(self, dout: Array) -> Array:
         """(N, out_c, Ho, Wo) -> (N, in_c, H, W), or None after ``skip_input_grad()``."""
-        dx, dW, db = self.F.conv2d_backward(dout, self._taken(), input_grad=self.input_grad)
+        dx, dW, db = self.F.conv2d_backward(dout, self._taken(dout), input_grad=self.input_grad)
         self._add_grads(weight=dW, bias=db)
         return dx
 
@@ -86,7 +86,7 @@ class Linear(Layer):
 
     def backward(self, dout: Array) -> Array:
         """(N, out_features) -> (N, in_features)."""
-        dx, dW, db = self.F.linear_backward(dout, self._taken())
+        dx, dW, db = self.F.linear_backward(dout, self._taken(dout))
         self._add_grads(weight=dW, bias=db)
         return dx
 
@@ -137,7 +137,7 @@ class BatchNorm(Layer):
 
     def backward(self, dout: Array) -> Array:
         """Shape kept."""
-        dx, dW, db = self.F.batch_norm_backward(dout, self._taken())
+        dx, dW, db = self.F.batch_norm_backward(dout, self._taken(dout))
         self._add_grads(weight=dW, bias=db)
         return dx
 

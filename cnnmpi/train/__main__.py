@@ -5,11 +5,14 @@ mpirun -n 4 python -m cnnmpi.train --model smallresnet    # four ranks: the same
 mpirun -n 2 python -m cnnmpi.train --resume               # goes on, on any number of ranks
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 
+from cnnmpi import console
 from cnnmpi.distributed import UserError, failing_together, start
 from cnnmpi.train.config import parse
+from cnnmpi.train.output import steady_output
 from cnnmpi.train.setup import program
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.trainer import Trainer
@@ -18,18 +21,32 @@ from cnnmpi.train.watchdog import Watchdog
 
 def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) -> int:
     """Train as ``argv`` says (the command line's if None), with a ``trainer``. Returns the exit code."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    console.prepare()
+    with steady_output():
+        return _train(list(sys.argv[1:] if argv is None else argv), trainer)
+
+
+def _train(args: list[str], trainer: type[Trainer]) -> int:
     try:
         ranks = start()
     except UserError as error:
         print(f"cnnmpi: error: {error}", file=sys.stderr)
         return 2
+
+    def end(number: int, doing: str) -> None:
+        who, name = f"rank {ranks.rank} of {ranks.size}", signal.Signals(number).name
+        print(f"cnnmpi: error: {who}: {name} asked to stop, but {doing} does not end: not saved", file=sys.stderr)
+        ranks.abort(128 + number)
+
     with failing_together(ranks):
         ranks.agree("their command lines", args)
         ranks.agree("the programs that they run", program())
-        config, named = ranks.on_rank0(lambda: parse(args))
-        with StopSignals() as signals, Watchdog(ranks, config.hang_warning, config.hang_limit) as watchdog:
-            return trainer(config, ranks, named, signals, watchdog).run()
+        config = ranks.on_rank0(lambda: parse(args))
+        with Watchdog(ranks, config.hang_warning, config.hang_limit) as watchdog:
+            signals = StopSignals(watchdog.progress, end)
+            run = trainer(config, ranks, signals, watchdog)  # meanwhile a signal ends the process: nothing can be lost
+            with signals:
+                return run.run()
     return 1
 
 

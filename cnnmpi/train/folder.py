@@ -36,7 +36,7 @@ class RunFolder:
                     self._move_aside(say)
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
-                (self.path / "config.toml").write_text(config)
+                (self.path / "config.toml").write_text(config, encoding="utf-8", errors="surrogateescape")
             except OSError as error:
                 raise UserError(f"--out {self.path} cannot be used: {error.strerror}") from None
 

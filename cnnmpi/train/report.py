@@ -1,6 +1,8 @@
 """What a run shows and writes: a progress bar on a terminal, plain lines elsewhere, metrics.jsonl. Rank 0 only."""
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from cnnmpi.checkpoint import write_atomically
+from cnnmpi.checkpoint import CheckpointError, write_atomically
+from cnnmpi.console import is_terminal, printable
 
 METRICS = "metrics.jsonl"
 
@@ -20,17 +23,19 @@ class Report:
         self.folder, self.silent = folder, silent
         self.progress: Progress | None = None
         self.task: TaskID | None = None
-        if not silent and sys.stdout.isatty():
+        if not silent and is_terminal(sys.stdout):
             columns = (TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(highlight=False))
+            console = Console(highlight=False, markup=False, emoji=False)  # names and paths are no markup
+            self.progress = Progress(*columns, TextColumn("{task.fields[loss]}"), console=console)
             self.progress.start()
 
     def line(self, text: str) -> None:
         """Print one line, above the progress bar if there is one."""
         if self.silent:
             return
+        text = printable(text)
         if self.progress:
-            self.progress.console.print(text, markup=False, soft_wrap=True)
+            self.progress.console.print(text, soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -44,12 +49,15 @@ class Report:
             )
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        """Print an epoch's line and append it to metrics.jsonl."""
+        """Print an epoch's line and append it to metrics.jsonl, synced to disk. What is not finite is null there."""
         if self.silent:
             return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         try:
             with (self.folder / METRICS).open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             self.line(f"warning: {self.folder / METRICS} cannot be written: {error.strerror}")
         self.line(
@@ -62,18 +70,30 @@ class Report:
         path = self.folder / METRICS
         if self.silent or not path.exists():
             return
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         kept = []
-        for line in path.read_text().splitlines():
-            try:
-                at = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
+        for line in lines:
+            at = _step(line)
+            if at is None:
                 self.line(f"warning: {path}: dropped a damaged line")
-                continue
-            if at <= step and at % steps_per_epoch == 0:
-                kept.append(line + "\n")
-        write_atomically(path, "".join(kept).encode())
+            elif at <= step and at % steps_per_epoch == 0:
+                kept.append(line)
+        if kept != lines:
+            write_atomically(path, "".join(line + "\n" for line in kept).encode())
 
     def close(self) -> None:
         """Take the progress bar down."""
         if self.progress:
             self.progress.stop()
+
+
+def _step(line: str) -> int | None:
+    """Return the step that a line of metrics.jsonl is about; None of a damaged one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None

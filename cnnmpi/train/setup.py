@@ -78,9 +78,9 @@ def model_options(dataset: Dataset) -> dict[str, Any]:
 def make_model(config: Config, options: dict[str, Any], local_rank: int) -> Model:
     """Return the model with its first weights, on the engine that ``config`` asks for. Raises UserError."""
     try:
-        model = MODELS[config.model](**options, seed=config.seed)
+        model = MODELS[config.model or ""](**options, seed=config.seed or 0)
         if config.backend == "torch":
-            model.to_torch(config.device, index=local_rank)
+            model.to_torch(config.device or "cpu", index=local_rank)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     model.skip_input_grad()
@@ -89,9 +89,9 @@ def make_model(config: Config, options: dict[str, Any], local_rank: int) -> Mode
 
 def make_optimizer(config: Config, model: Model) -> optim.Optimizer:
     """Return the optimizer that ``config`` asks for."""
-    parameters, decay = model.parameters(), config.weight_decay or 0.0
+    parameters, decay, momentum = model.parameters(), config.weight_decay or 0.0, config.momentum or 0.0
     if config.optimizer == "sgd":
-        return optim.SGD(parameters, momentum=config.momentum, nesterov=config.momentum > 0, weight_decay=decay)
+        return optim.SGD(parameters, momentum=momentum, nesterov=momentum > 0, weight_decay=decay)
     return (optim.Adam if config.optimizer == "adam" else optim.AdamW)(parameters, weight_decay=decay)
 
 

@@ -1,8 +1,9 @@
 """The threads of one rank: each works on shards, or on batches in evaluation, with a model of its own."""
 
+import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ def fewest_workers(shards: int, threads: int) -> int:
 
 
 class Team:
-    """Models for as many threads: one set of parameters between them, gradients and buffers to each.
+    """Models for as many threads, with the same parameters.
 
     What a body returns for an item must not depend on the model that it is given; then it does not on their number.
     New threads call ``prepare`` first.
@@ -31,8 +32,6 @@ class Team:
 
     def __init__(self, models: Sequence[Model], prepare: Callable[[], None] | None = None) -> None:
         self.models = list(models)
-        for model in self.models[1:]:
-            model.share_parameters(self.models[0])
         others = len(models) - 1
         self._pool = ThreadPoolExecutor(others, "cnnmpi-shard", initializer=prepare) if others else None
 
@@ -49,8 +48,17 @@ class Team:
         with self.models[0].F.constant_filters():
             return share_out(items, [with_model(model) for model in self.models], self._pool)
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Have all models in evaluation within the ``with``."""
+        with contextlib.ExitStack() as stack:
+            for model in self.models:
+                stack.enter_context(model.evaluating())
+            yield
+
     def spread_buffers(self) -> None:
         """Give all models the first one's buffers."""
-        first = self.models[0]
-        for model in self.models[1:]:
-            first.F.copy_into(model.flat_buffers, first.F.to_numpy(first.flat_buffers))
+        first, *others = (model.named_buffers() for model in self.models)
+        for buffers in others:
+            for name, buffer in buffers.items():
+                buffer[...] = first[name]

@@ -13,12 +13,12 @@ import numpy as np
 from cnnmpi import checkpoint, optim
 from cnnmpi.data import DataLoader
 from cnnmpi.distributed import ExactReducer, NotFiniteError, Ranks, Reducer, UserError
-from cnnmpi.models import Model
-from cnnmpi.train.config import Config, continued, resolve, to_plain, to_toml
+from cnnmpi.models import FlatArrays, Model
+from cnnmpi.train.config import Config, continued, experiment, resolve, to_plain, to_toml, with_defaults
 from cnnmpi.train.evaluation import Evaluation, evaluate_unless
 from cnnmpi.train.folder import BEST, LAST, RunFolder, find_checkpoint
 from cnnmpi.train.report import Report
-from cnnmpi.train.setup import learning_rate, make_model, make_optimizer, model_options, open_data
+from cnnmpi.train.setup import as_user_errors, learning_rate, make_model, make_optimizer, model_options, open_data
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import Arrays, model_attributes, pack, unpack
 from cnnmpi.train.team import Team, fewest_workers
@@ -32,16 +32,14 @@ MOST_SKIPPED = 20  # steps in a row that --on-nan skip leaves out before it give
 class Trainer:
     """One run of ``config`` on ``ranks``: ``run()`` trains to the end and returns the exit code.
 
-    ``named`` holds the settings that the user gave, which must not contradict a resumed checkpoint; ``signals`` tell
-    when to save and stop; ``watchdog`` is told what this rank is doing. Raises UserError for settings, data or
-    checkpoints that cannot be used.
+    ``signals`` tell when to save and stop; ``watchdog`` is told what this rank is doing. Raises UserError for settings,
+    data or checkpoints that cannot be used, and for settings that contradict a resumed checkpoint.
     """
 
     def __init__(
         self,
         config: Config,
         ranks: Ranks,
-        named: set[str] | None = None,
         signals: StopSignals | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
@@ -53,21 +51,20 @@ class Trainer:
         self.watchdog.note("preparing data and model", slow=True)
         saved = None
         if config.resume is not None:
-            resume, default_out = config.resume, resolve(config).out or Path()
+            resume, default_out = config.resume, with_defaults(config).out or Path()
             saved = ranks.on_rank0(lambda: find_checkpoint(resume, default_out, say))
         if saved is not None:
             path, _, attributes = saved
+            config = continued(config, json.loads(attributes["config"]), path)
             config = dataclasses.replace(config, out=config.out or path.parent)
-            config = continued(config, named or set(), attributes["config"], path)
         self.config = config = resolve(config)
-        if config.shards < ranks.size:
-            raise UserError(
-                f"{ranks.size} ranks cannot share {config.shards} shards: use --shards {ranks.size} or more"
-            )
+        shards, seed = config.shards or 1, config.seed or 0
+        if shards < ranks.size:
+            raise UserError(f"{ranks.size} ranks cannot share {shards} shards: use --shards {ranks.size} or more")
         self.ranks = ranks
-        self.shards = [int(shard) for shard in np.array_split(np.arange(config.shards), ranks.size)[ranks.rank]]
+        self.shards = [int(shard) for shard in np.array_split(np.arange(shards), ranks.size)[ranks.rank]]
 
-        self.data = open_data(config.data, ranks, say)
+        self.data = open_data(config.data or "auto", ranks, say)
         self.dataset = self.data.dataset
         height, width = self.dataset.train_images.shape[2:]
         if (config.cutout or 0) > min(height, width):
@@ -76,9 +73,9 @@ class Trainer:
             self.dataset.train_images,
             self.dataset.train_labels,
             config.batch_size or 1,
-            seed=config.seed,
-            shards=config.shards,
-            flip=config.flip,
+            seed=seed,
+            shards=shards,
+            flip=bool(config.flip),
             crop_padding=config.crop or 0,
             cutout_size=config.cutout or 0,
             mean=self.data.mean,
@@ -87,6 +84,11 @@ class Trainer:
         self.steps_per_epoch = len(self.loader)
         self.total_steps = (config.epochs or 0) * self.steps_per_epoch
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
+        if saved is not None and saved[2]["step"] > self.last_step:
+            raise UserError(
+                f"--max-steps {config.max_steps} comes too late: the run of {saved[0]} is at step {saved[2]['step']}; "
+                "name a larger number, or none"
+            )
 
         self.options = model_options(self.dataset)
         self.threads = config.threads or (ranks.default_threads() if config.device == "cpu" else 1)
@@ -100,10 +102,12 @@ class Trainer:
         share_threads = functools.partial(self.F.set_threads, self.threads, workers)
         share_threads()
         self.team = Team(models, prepare=share_threads if config.backend == "torch" else None)
+        self.flat = FlatArrays(self.model)
+        self.flats = {model: FlatArrays(model, self.flat.params) for model in models[1:]} | {self.model: self.flat}
         self.optimizer = make_optimizer(config, self.model)
         names = [(name, math.prod(param.shape)) for name, (param, _) in self.model.named_parameters().items()]
-        sizes = [sum(size for _, size in names), math.prod(self.model.flat_buffers.shape), 4]
-        self.reducer = (ExactReducer if config.reduction == "exact" else Reducer)(ranks, config.shards, sizes, names)
+        sizes = [len(self.flat.grads), len(self.flat.buffers), 4]
+        self.reducer = (ExactReducer if config.reduction == "exact" else Reducer)(ranks, shards, sizes, names)
 
         self.step = 0  # steps done since the beginning of the run
         self.best = -1.0  # test accuracy of best.h5
@@ -112,7 +116,7 @@ class Trainer:
         self.skipped = 0  # steps in a row that were left out
         if saved is not None:
             self._continue_from(*saved)
-        for flat in (self.model.flat_params, self.model.flat_buffers):
+        for flat in (self.flat.params, self.flat.buffers):
             array = np.array(self.F.to_numpy(flat))
             ranks.broadcast(array)  # hosts of different kinds may have drawn them with different last bits
             self.F.copy_into(flat, array)
@@ -127,35 +131,36 @@ class Trainer:
             self.best = -1.0
             self._save(LAST)  # a full disk is better found now than after an epoch
         else:
-            self.report.rewind(self.step, self.steps_per_epoch)
+            ranks.on_rank0(as_user_errors()(lambda: self.report.rewind(self.step, self.steps_per_epoch)))
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def train_step(self) -> float:
         """Do the next step and return its mean loss; equal bits on every rank, and (reduced exactly) for any number."""
         self.watchdog.note(f"step {self.step}")
-        F = self.F
-        buffers = np.array(F.to_numpy(self.model.flat_buffers))  # every shard starts from the same running statistics
+        F, seed = self.F, self.config.seed or 0
+        buffers = np.array(F.to_numpy(self.flat.buffers))  # every shard starts from the same running statistics
 
         def train_shard(model: Model, shard: int) -> None:
             x, y = self.loader.batch(self.step, shard)  # (n, C, H, W), (n,)
             if len(y) == 0:  # a small batch, such as an epoch's last, may have fewer samples than shards
                 return
-            model.reseed(self.config.seed, self.step, shard)
-            model.zero_grad()
-            F.copy_into(model.flat_buffers, buffers)
-            logits = model.forward(F.as_array(x, like=model.flat_params))  # (n, classes)
+            flat = self.flats[model]
+            model.reseed(seed, self.step, shard)
+            flat.grads[...] = 0
+            F.copy_into(flat.buffers, buffers)
+            logits = model.forward(F.as_array(x, like=flat.params))  # (n, classes)
             loss, dlogits = F.cross_entropy_loss(
                 logits,
-                F.as_array(y, like=model.flat_params),
+                F.as_array(y, like=flat.params),
                 label_smoothing=self.config.label_smoothing,
                 reduction="sum",
             )
             model.backward(dlogits)
             correct = int((F.to_numpy(logits).argmax(axis=1) == y).sum())
             # exact in float64, so that the exact reduction leaves fixed filters as they are
-            statistics_sum = F.to_numpy(model.flat_buffers) * np.float64(len(y))
-            self.reducer.add(shard, F.to_numpy(model.flat_grads), statistics_sum, np.array([loss, correct, len(y), 0]))
+            statistics_sum = F.to_numpy(flat.buffers) * np.float64(len(y))
+            self.reducer.add(shard, F.to_numpy(flat.grads), statistics_sum, np.array([loss, correct, len(y), 0]))
 
         self.team.map(train_shard, self.shards)
         if self.signals.asked:
@@ -164,7 +169,7 @@ class Trainer:
             loss = self._update(*self.reducer.reduce(self.step))  # over all shards of all ranks
             self.skipped = 0
         except NotFiniteError as error:  # a decision of all ranks: the same sums, or the same weights, on each
-            F.copy_into(self.model.flat_buffers, buffers)
+            F.copy_into(self.flat.buffers, buffers)
             loss = math.nan
             self._skip(error)
         self.step += 1
@@ -177,15 +182,15 @@ class Trainer:
         F, optimizer = self.F, self.optimizer
         loss_sum, _, samples, stops = totals
         # from here on one model: the others share its parameters; the optimizer knows views into its flat gradient
-        F.copy_into(self.model.flat_grads, gradient / samples)
-        F.copy_into(self.model.flat_buffers, statistics_sum / samples)
+        F.copy_into(self.flat.grads, gradient / samples)
+        F.copy_into(self.flat.buffers, statistics_sum / samples)
         if self.config.clip:
             optim.clip_grad_norm(optimizer.parameters, self.config.clip)
         optimizer.lr = learning_rate(self.config, self.step, self.total_steps)
-        before = [self.model.flat_params] + [state for states in optimizer.state.values() for state in states]
+        before = [self.flat.params] + [state for states in optimizer.state.values() for state in states]
         copies = [1 * array for array in before]  # of either engine
         optimizer.step()
-        if not np.isfinite(F.to_numpy(self.model.flat_params)).all():  # equal weights: all ranks find the same
+        if not np.isfinite(F.to_numpy(self.flat.params)).all():  # equal weights: all ranks find the same
             for array, copy in zip(before, copies, strict=True):
                 array[...] = copy
             raise NotFiniteError(f"step {self.step}: the update made weights that are not finite")
@@ -199,7 +204,7 @@ class Trainer:
             advice = "a smaller --lr may help, and --on-nan skip leaves such steps out"
             raise UserError(f"{error}; the weights were left as they were before this step; {advice}") from None
         self.skipped += 1
-        if self.skipped == MOST_SKIPPED:
+        if self.skipped >= MOST_SKIPPED:
             raise UserError(f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help")
         self.report.line(f"warning: {error}; the step was skipped")
         self.optimizer.steps = self.step + 1
@@ -225,7 +230,7 @@ class Trainer:
         started, done_before = time.perf_counter(), self.epoch_counts[2]
         while True:
             epoch, index = divmod(self.step, self.steps_per_epoch)
-            at_end = self.step == self.last_step
+            at_end = self.step >= self.last_step
             if self.epoch_counts[2] and (index == 0 or at_end):
                 test = self._end_epoch(time.perf_counter() - started, done_before)
                 if test is None:
@@ -286,14 +291,7 @@ class Trainer:
         test = self._evaluate()
         if test is None:
             return None
-        if test.accuracy > self.best:
-            # a run that --max-steps ends inside an epoch may go on: what best.h5 is then must not depend on that
-            if complete or self.step == self.total_steps:
-                self.best = test.accuracy
-            self._save(BEST)
-        if complete:
-            self.epoch_counts[:] = 0
-        self._save(LAST)
+        # first the line, then the checkpoint: a resume drops a line that is ahead, but could not bring one back
         self.report.epoch(
             {
                 "epoch": math.ceil(self.step / self.steps_per_epoch),
@@ -309,6 +307,14 @@ class Trainer:
                 "data": self.dataset.source,
             }
         )
+        if test.accuracy > self.best and math.isfinite(test.loss):
+            # a run that --max-steps ends inside an epoch may go on: what best.h5 is then must not depend on that
+            if complete or self.step == self.total_steps:
+                self.best = test.accuracy
+            self._save(BEST)
+        if complete:
+            self.epoch_counts[:] = 0
+        self._save(LAST)
         return test
 
     # -- on disk -----------------------------------------------------------------------------------------------------
@@ -319,8 +325,8 @@ class Trainer:
         self.watchdog.note(f"saving {name}", slow=True)
 
         def content() -> tuple[Arrays, dict[str, Any]]:
-            attributes = model_attributes(self.config.model, self.options, self.model) | {
-                "config": json.dumps(to_plain(self.config)),
+            attributes = model_attributes(self.config.model or "", self.options, self.model) | {
+                "config": json.dumps(to_plain(experiment(self.config))),
                 "epoch": self.step // self.steps_per_epoch,
                 "step": self.step,
                 "epoch_counts": self.epoch_counts.tolist(),

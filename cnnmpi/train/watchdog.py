@@ -18,6 +18,7 @@ from typing import Any
 
 from cnnmpi.distributed import Ranks
 from cnnmpi.layers import Layer
+from cnnmpi.train.progress import Progress
 
 INTERVAL_S = 1.0
 REPORTERS = 2  # ranks 0 and 1 are told
@@ -60,7 +61,7 @@ class Watchdog:
     def __init__(self, ranks: Ranks, warning_s: float = 0, limit_s: float = 0) -> None:
         self.ranks, self.warning_s, self.limit_s = ranks, warning_s or math.inf, limit_s or math.inf
         self.interval = min(INTERVAL_S, self.warning_s / 4, self.limit_s / 4) if warning_s or limit_s else math.inf
-        self._noted = ("start", False, 0)
+        self.progress = Progress()
         self._named: dict[int, str] = {}  # what was said of a rank
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -89,7 +90,7 @@ class Watchdog:
 
     def note(self, doing: str, slow: bool = False) -> None:
         """Say what this rank begins to do; ``slow`` if that may well take minutes."""
-        self._noted = (doing, slow, self._noted[2] + 1)
+        self.progress.note(doing, slow)
 
     # -- on the thread -----------------------------------------------------------------------------------------------
 
@@ -113,11 +114,12 @@ class Watchdog:
         main = frames[self._main] if self._main in frames else next(iter(frames.values()))
         layers = [layer for frame in (main, *frames.values()) if (layer := _innermost_layer(frame))]
         stacks = [f"thread {number}:\n{''.join(traceback.format_stack(frame))}" for number, frame in frames.items()]
-        doing, slow, notes = self._noted
+        note = self.progress.now
         waiting = main.f_code.co_qualname.startswith("Ranks.")  # the innermost call of ours is a collective
         text = "".join(stacks)[-STACK_CHARS:]
         layer = layers[0] if layers else ""
-        return Sign(self.ranks.rank, socket.gethostname(), doing, layer, waiting, slow, notes, text)
+        host = socket.gethostname()
+        return Sign(self.ranks.rank, host, note.doing, layer, waiting, note.slow, note.count, text)
 
     def _hear(self, sign: Sign) -> None:
         known, now = self._known[sign.rank], time.monotonic()

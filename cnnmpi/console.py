@@ -1,0 +1,111 @@
+"""What all commands print through: text that any terminal, pipe, file or encoding can take, and tables of it."""
+
+import contextlib
+import functools
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from rich.cells import cell_len
+
+Main = TypeVar("Main", bound=Callable[..., int])
+
+PIPE_CLOSED = 141  # what a shell reports of a program that SIGPIPE ended
+INTERRUPTED = 130  # and of one that Ctrl-C ended
+
+
+def prepare() -> None:
+    """Let this process's output show by an escape what its encoding cannot write, instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a notebook's or a test's stream; a closed one
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def command(main: Main) -> Main:
+    """Return the ``main`` of a command, made to end quietly where its output does, as in ``| head -1``, and by Ctrl-C.
+
+    It then returns 141, or 130. Output that cannot be written for another reason, such as a full disk, is told in one
+    line, and the code is 2.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: Any, **kwargs: Any) -> int:
+        prepare()
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # here: what fails as the interpreter ends nobody can catch
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            _give_up_output()
+            return PIPE_CLOSED
+        except OSError as error:
+            if error.filename is not None:  # not of a stream
+                raise
+            _give_up_output()
+            complain("cnnmpi", f"the output cannot be written: {error.strerror or error}")
+            return 2
+
+    return guarded  # type: ignore[return-value]
+
+
+def _give_up_output() -> None:
+    """Let what is left in the buffer go nowhere when the interpreter ends."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream without a file
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
+
+
+def complain(program: str, text: object) -> None:
+    """Print one line of error, as far as that is possible."""
+    with contextlib.suppress(OSError):
+        print(f"{program}: error: {printable(text)}", file=sys.stderr)
+
+
+def printable(text: object) -> str:
+    """Return ``text`` in one line, with escapes for control characters, which a terminal may obey, and surrogates."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def is_terminal(stream: Any) -> bool:
+    """Say whether a person reads ``stream`` as it is written; also of streams that cannot tell."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # None, a notebook's, or a closed one
+        return False
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
+    """Return lines of aligned cells: the first column begins at the left, the others end at the right.
+
+    Nothing is cut. Columns that ``width`` has no room for stand below, in blocks of their own that begin with the
+    first column again. Without ``width``, standard output's if it is a terminal, else there is room for all.
+    """
+    if width is None and is_terminal(sys.stdout):
+        width = shutil.get_terminal_size().columns
+    cells = [[printable(cell) for cell in row] for row in (head, *rows)]
+    first, *others = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    blocks: list[list[int]] = [[]]
+    for index, size in enumerate(others, 1):
+        used = first + sum(2 + others[i - 1] for i in blocks[-1])
+        if blocks[-1] and width is not None and used + 2 + size > width:
+            blocks.append([])
+        blocks[-1].append(index)
+
+    def line(row: Sequence[str], block: Sequence[int]) -> str:
+        text = row[0] + " " * (first - cell_len(row[0]))
+        return text + "".join(" " * (2 + others[i - 1] - cell_len(row[i])) + row[i] for i in block)
+
+    return "\n\n".join("\n".join(line(row, block).rstrip() for row in cells) for block in blocks)

@@ -1,0 +1,98 @@
+"""Image files -> pixels: whatever a file holds, upright, on white, with 8 bits a channel; and to a given size.
+
+Not among what ``cnnmpi.data`` gives at its door: only who reads image files needs Pillow.
+"""
+
+import contextlib
+import logging
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cnnmpi.data.dataset import Array, DataError
+
+RANGES = (1, 255, 65535)  # of numbers that say by no other way what white is
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damaged files, DataError says
+
+
+def read_image(path: str | Path, channels: int = 3) -> Array:
+    """Return an image file as uint8 (height, width, channels), for 1 channel (gray) or 3 (RGB).
+
+    It is turned as its EXIF orientation says, what is transparent shows white, more than 8 bits a channel are scaled to
+    8, and of several frames the first is taken. Raises DataError, in one line that begins with ``path``, for a file
+    that cannot be read or holds no such image, and for more pixels than twice Pillow's MAX_IMAGE_PIXELS.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"{path}: an image file gives 1 or 3 channels, not {channels}")
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would let us wait for ever
+            raise DataError(f"{path}: not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and of oddities: they are read, or refused below
+            with Image.open(path) as image:
+                if image.format == "EPS":  # its reader starts Ghostscript, on a program that the file brings
+                    raise DataError(f"{path}: EPS is refused: convert it to PNG")
+                image.load()
+                with contextlib.suppress(Exception):  # an orientation that cannot be read is none
+                    ImageOps.exif_transpose(image, in_place=True)
+                pixels = np.asarray(_flat(image).convert("RGB" if channels == 3 else "L"))
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers report damage by whatever a parser can run into
+        raise DataError(f"{path}: {_reason(error)}") from None
+    if pixels.size == 0:
+        raise DataError(f"{path}: an image without pixels")
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def fit(image: Array, height: int, width: int) -> Array:
+    """Return a uint8 ``image`` (H, W, C), of 1 or 3 channels, cut to its middle and scaled to (height, width, C)."""
+    H, W, channels = image.shape
+    scale = min(W / width, H / height)
+    cut_w, cut_h = min(width * scale, W), min(height * scale, H)  # rounding may have made it larger than the image
+    left, top = (W - cut_w) / 2, (H - cut_h) / 2
+    box = (left, top, left + cut_w, top + cut_h)
+    how = Image.Resampling.BOX if scale > 1 else Image.Resampling.BILINEAR
+    resized = Image.fromarray(image if channels == 3 else image[:, :, 0]).resize((width, height), how, box=box)
+    return np.asarray(resized).reshape(height, width, channels)
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """Return an image without transparency, and with 8 bits a channel."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_eight_bits(image))
+    if "transparency" in image.info or "A" in image.getbands():
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA"))
+    return image
+
+
+def _eight_bits(image: Image.Image) -> Array:
+    """Return gray pixels of 16 bits, of 32, or of floating point, scaled to uint8."""
+    values = np.asarray(image).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("it has pixels that are no numbers")
+    black, white = values.min(), values.max()
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        black, white = 0, 65535
+    elif black >= 0:
+        ranges = RANGES if image.mode == "F" else RANGES[1:]
+        black, white = 0, next((top for top in ranges if white <= top), white)
+    values -= black
+    values *= 255 / (white - black) if white > black else 0
+    return np.rint(values, out=values).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    """Return in a few words why a file could not be read."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a kind that Pillow does not know"
+    if isinstance(error, MemoryError):
+        return "the image does not fit into memory"
+    return f"not a readable image ({' '.join(str(error).split())[:150] or type(error).__name__})"
