@@ -1,5 +1,6 @@
 # Two commands do everything:  make train [ARGS="--model smallresnet"]   and   make test
 # make faults [FAULTS=200]: every fault that a run is to survive (docs/faults.md)
+# make mutants: the program broken on purpose, to see that the tests notice (docs/testing.md)
 PYTHON ?= python3
 RANKS  ?= 4
 ARGS   ?=
@@ -12,7 +13,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train test faults lint clean
+.PHONY: train test faults mutants lint clean
 
 train: .venv/train.done
 	$(BIN)/mpirun -n $(RANKS) $(BIN)/python -m cnnmpi.train $(ARGS)
@@ -27,6 +28,9 @@ faults: .venv/test.done
 	$(BIN)/python -m pytest -m fault
 	$(BIN)/mpirun -n 3 $(BIN)/python -m pytest --with-mpi -m "fault and mpi"
 	$(BIN)/python -m cnnmpi.chaos --faults $(FAULTS) --mpirun $(BIN)/mpirun
+
+mutants: .venv/test.done
+	$(BIN)/python tests/mutants.py
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

@@ -7,12 +7,15 @@ grads, statistics, counts = reducer.reduce()       # the sums over all shards: e
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import math
 import os
 import socket
+import stat
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -46,6 +49,7 @@ MPIRUN_LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM
 MPI_MIB, MPI_MIB_A_RANK = 16, 6
 SPEAK_S = 5.0  # how long the last words of a job may take
 ARRIVE_S = 2.0  # how long a rank with an error waits for the others to come with the same one
+READ_S = 2.0  # how long a rank waits before it aborts until the launcher has read what it said
 IDLE_S = 2e-4  # between two looks at a reduction under way, where ranks share cores
 
 
@@ -229,6 +233,7 @@ class Ranks:
         _in_time(_flush)
         if self.comm is not None and self.size > 1:
             with contextlib.suppress(Exception):
+                _wait_for_readers(READ_S)
                 self.comm.Abort(code)
         os._exit(code)
 
@@ -243,6 +248,20 @@ def _create_shared(nbytes: int) -> tuple[Path | None, str]:
             f"no room for {math.ceil(nbytes / (1 << 20))} MiB of data that the ranks share ({error.strerror}) in "
             f"{rooms}: enlarge /dev/shm (docker run --shm-size=1g), or name a folder with more room in TMPDIR"
         )
+
+
+def _wait_for_readers(seconds: float) -> None:
+    """Wait until nothing is left in the pipes that output goes to, for ``seconds`` at most.
+
+    A launcher that hears of an abort throws away what it has not read yet, on a busy machine the whole explanation.
+    """
+    deadline = time.monotonic() + seconds
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it is closed
+            while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
+                if not int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder):
+                    break
+                time.sleep(IDLE_S)
 
 
 # -- start and end -----------------------------------------------------------------------------------------------------
@@ -312,6 +331,7 @@ def _warn_of_little_shared_memory() -> None:
     first = next((os.environ[name] for name in MPIRUN_LOCAL_RANKS if name in os.environ), "0") == "0"
     if ranks > 1 and first and (problem := little_shared_memory(ranks)):
         say(f"cnnmpi: warning: {problem}")
+        _wait_for_readers(READ_S)  # a launcher whose ranks crash throws away what it has not read yet
 
 
 def say(text: str) -> None:

@@ -6,11 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+HANGS_S = 240  # no test waits longer; deadlines are there against hangs only, for machines may be busy
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="no mpirun here: pip install 'cnnmpi[mpich]'")
 
 
@@ -21,7 +24,7 @@ def command(ranks: int, data: Path, out: Path, *extra: str) -> list[str]:
     return [*start, *module, *options, *extra]
 
 
-def run(*args: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(*args: str | Path, timeout: float = HANGS_S) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=timeout, check=False)
 
 
@@ -32,11 +35,16 @@ def digest(output: str) -> str:
 def start_and_wait(args: list[str], out: Path, name: str = "last.h5") -> subprocess.Popen[str]:
     """Start a job and wait for its first checkpoint, or for ``name``; previous.h5 comes with the second one."""
     job = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (out / name).exists():
+    wait_until(lambda: (out / name).exists(), job)
+    return job
+
+
+def wait_until(condition: Callable[[], Any], job: subprocess.Popen[str]) -> None:
+    """Wait while the ``job`` runs, until ``condition`` is true."""
+    deadline = time.monotonic() + HANGS_S
+    while not condition():
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.02)
-    return job
 
 
 def rank_pids(out: Path) -> list[int]:
@@ -53,8 +61,8 @@ def rank_pids(out: Path) -> list[int]:
 
 
 def all_gone(out: Path) -> bool:
-    """Whether no rank that trains into ``out`` is left, five seconds after mpirun's end at the latest."""
-    deadline = time.monotonic() + 5
+    """Whether the ranks that train into ``out`` end, now that mpirun has."""
+    deadline = time.monotonic() + HANGS_S
     while (left := rank_pids(out)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not left

@@ -5,15 +5,15 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from cnnmpi import Config, Trainer, elastic
+from cnnmpi.checkpoint import load
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.elastic import Elastic, answering, launcher, main, read_hosts, supervise
-from tests.jobs import MPIRUN, all_gone, command, digest, needs_mpirun, rank_pids, run
+from tests.jobs import HANGS_S, MPIRUN, all_gone, command, digest, needs_mpirun, rank_pids, run, wait_until
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -30,15 +30,11 @@ def test_lost_ranks_are_replaced_and_the_result_is_the_undisturbed_one(data, tmp
     process = subprocess.Popen(job(data, out, "--ranks", "3"), stdout=subprocess.PIPE, text=True)
     killed: set[int] = {process.pid}
     for _ in range(2):
-        deadline = time.monotonic() + 60
-        while (
-            len(pids := [pid for pid in rank_pids(out) if pid not in killed]) < 3 or not (out / "previous.h5").exists()
-        ):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
+        wait_until(lambda: len(set(rank_pids(out)) - killed) >= 3 and (out / "previous.h5").exists(), process)
+        pids = sorted(set(rank_pids(out)) - killed)
         os.kill(pids[1], signal.SIGKILL)
         killed.update(pids)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HANGS_S)
     assert process.returncode == 0 and digest(output) == undisturbed
     assert "restart 2 of 10" in output and "done; 2 restarts" in output
 
@@ -49,10 +45,9 @@ def test_a_signal_is_passed_on_and_ends_the_supervision(number, data, tmp_path, 
     out = tmp_path / "run"
     rarely = ["--checkpoint-every", "1000"]  # so that what is saved after a few steps is saved for the signal's sake
     process = subprocess.Popen([*job(data, out, "--ranks", "2"), *rarely], stdout=subprocess.PIPE, text=True)
-    while not (out / "last.h5").exists():
-        time.sleep(0.02)
+    wait_until((out / "last.h5").exists, process)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANGS_S)
     assert process.returncode != 0 and "0 restarts" in output and all_gone(out)
     assert 1 <= load(out / "last.h5")[1]["step"] < 30
     assert digest(run(*command(1, data, out, "--resume")).stdout) == undisturbed

@@ -537,7 +537,7 @@ def test_a_bad_toml_file_is_refused_by_key(tmp_path, text, message):
 
 
 def test_a_team_returns_results_in_order_and_works_at_the_same_time():
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=200)
 
     def body(model, item):
         both.wait()  # passes only if two threads are here

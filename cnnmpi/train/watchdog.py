@@ -23,6 +23,7 @@ from cnnmpi.train.progress import Progress
 INTERVAL_S = 1.0
 REPORTERS = 2  # ranks 0 and 1 are told
 SLOW = 10  # a save, or finding the data, may take this many times as long
+SILENT = "gives no sign of life"
 STACK_CHARS = 4000  # of a message: short enough that MPI sends it without waiting for the receiver
 
 _tags = itertools.count()
@@ -61,7 +62,7 @@ class Watchdog:
         self.ranks, self.warning_s, self.limit_s = ranks, warning_s or math.inf, limit_s or math.inf
         self.interval = min(INTERVAL_S, self.warning_s / 4, self.limit_s / 4) if warning_s or limit_s else math.inf
         self.progress = Progress()
-        self._named: set[int] = set()
+        self._named: dict[int, str] = {}  # what was said of a rank
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -130,22 +131,23 @@ class Watchdog:
         """Name the ranks that are silent or late, once, and end the job where the limit has passed."""
         now, last = time.monotonic(), self._ticked
         self._ticked = now
-        if now - last > 4 * self.interval:  # this process itself was stopped: nobody else's silence is proven
+        asleep = now - last - 4 * self.interval
+        if asleep > 0:  # this process itself was stopped: that time proves nobody else's silence
             for known in self._known:
-                known.heard = known.moved = now
-            return
+                known.heard, known.moved = min(known.heard + asleep, now), min(known.moved + asleep, now)
         if self.ranks.rank > 0 and now - self._known[0].heard < self.warning_s:
             return  # rank 0 is there, and speaks
         overdue = {known.sign.rank: since for known in self._known if (since := self._overdue(known, now))}
         for rank, (seconds, why) in overdue.items():
-            if rank not in self._named and seconds > self.warning_s:
+            news = rank not in self._named or why == SILENT != self._named[rank]  # one that was late may fall silent
+            if news and seconds > self.warning_s:
                 sign = self._known[rank].sign
                 at = f"{sign.doing}, {sign.layer}" if sign.layer else sign.doing
                 self._say(f"warning: {self._name(rank)} {why} for {seconds:.0f} s; last seen in {at}")
-                self._named.add(rank)
-        for rank in self._named - set(overdue):
+                self._named[rank] = why
+        for rank in self._named.keys() - overdue:
             self._say(f"{self._name(rank)} goes on")
-            self._named.discard(rank)
+            del self._named[rank]
         if any(seconds > self.limit_s for seconds, _ in overdue.values()):
             self._say(f"error: nothing goes on for {self.limit_s:g} s: the job is ended. Where the ranks were:")
             for known in self._known:
@@ -158,10 +160,11 @@ class Watchdog:
         shortest = min(self.warning_s, self.limit_s)
         silent = now - known.heard
         if silent > shortest:
-            return silent, "gives no sign of life"
-        others_wait = max((now - other.moved for other in self._known if other.sign.waiting), default=0.0)
+            return silent, SILENT
+        waits = [now - other.moved for other in self._known if other.sign.waiting]
+        all_wait = len(waits) == len(self._known)  # since the last of them began to
+        others_wait = (min if all_wait else max)(waits, default=0.0)
         same = min(now - known.moved, others_wait) / (SLOW if known.sign.slow else 1)
-        all_wait = all(other.sign.waiting for other in self._known)
         if same > shortest and (not known.sign.waiting or all_wait):
             return same, "is not where the others wait for it" if not all_wait else "waits for others that wait as well"
         return None

@@ -1,0 +1,498 @@
+"""Every setting does what it says: a row for each field of ``Config``, and none without one.
+
+What shapes the result is compared with a twin: the same small network in torch.nn, trained in float64 by torch.optim on
+batches that are read here by hand, pixel by pixel, from the draws that docs/numerics.md names. So a setting that no
+longer reaches training fails, although all runs still agree with each other. Each row also shows that the twin without
+the setting ends elsewhere, or the row could not fail.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+
+import cnnmpi.train.__main__ as command_line
+from cnnmpi import checkpoint, functional, layers
+from cnnmpi.data import Dataset, synthetic, write_hdf5
+from cnnmpi.distributed import Ranks, UserError
+from cnnmpi.models import MODELS, Model
+from cnnmpi.rng import generator
+from cnnmpi.train import Config, Trainer
+from cnnmpi.train.config import parse
+
+torch = pytest.importorskip("torch")
+
+# all that shapes the result, at its plainest: plain SGD at one rate, nothing added to loss or images
+PLAIN: dict[str, Any] = {
+    "model": "simplecnn", "epochs": 2, "batch_size": 24, "shards": 2, "optimizer": "sgd", "lr": 0.1,
+    "schedule": "constant", "warmup": 0.0, "momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, "clip": 0.0,
+    "flip": False, "crop": 0, "cutout": 0, "seed": 5, "threads": 1,
+}  # fmt: skip
+
+
+def images(train: int = 45, test: int = 20, seed: int = 3) -> Dataset:
+    """16x16 images; an epoch's last batch is smaller, and shards are unequal."""
+    whole = synthetic(seed=seed, train=train, test=test)
+    return dataclasses.replace(
+        whole, train_images=whole.train_images[:, :, ::2, ::2], test_images=whole.test_images[:, :, ::2, ::2]
+    )
+
+
+class SmallNet(Model):
+    """Convolution, BatchNorm, affine map: smooth, so that float32 and float64 stay close; its shards can be told."""
+
+    def __init__(self, in_channels=3, num_classes=10, image_size=16, seed=0):
+        super().__init__()
+        draw = np.random.default_rng(seed)
+        self.conv = layers.Conv2d(in_channels, 4, 3, 2, bias=False, rng=draw)
+        self.norm = layers.BatchNorm(4)
+        self.flatten = layers.Flatten()
+        self.head = layers.Linear(4 * 7 * 7, num_classes, rng=draw)
+        self.keys: list[tuple[int, ...]] = []
+
+    def reseed(self, *key: int) -> None:
+        self.keys.append(key)
+        super().reseed(*key)
+
+
+class OtherNet(SmallNet):
+    pass
+
+
+# -- the twin ----------------------------------------------------------------------------------------------------------
+
+
+def batch_by_hand(data: Dataset, s: dict[str, Any], step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images (n, C, H, W), float64, and labels of a step, one pixel operation after the other."""
+    pixels, (N, _, H, W) = data.train_images / 255.0, data.train_images.shape
+    mean, std = pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
+    epoch, index = divmod(step, math.ceil(N / s["batch_size"]))
+    order = generator(s["seed"], "order", epoch).permutation(N)
+    mirrored = (generator(s["seed"], "flip").random(N) < 0.5) ^ (epoch % 2 == 1)
+    shift = generator(s["seed"], "crop", epoch).integers(0, 2 * s["crop"] + 1, (2, N))
+    square = generator(s["seed"], "cutout", epoch).integers(0, H - s["cutout"] + 1, (2, N))
+    samples = order[index * s["batch_size"] :][: s["batch_size"]]
+    batch = []
+    for i in samples:
+        image = pixels[i]
+        if s["flip"] and mirrored[i]:
+            image = image[:, :, ::-1]
+        top, left = shift[:, i]
+        image = np.pad(image, ((0, 0), (s["crop"],) * 2, (s["crop"],) * 2))[:, top : top + H, left : left + W]
+        image = (image - mean[:, None, None]) / std[:, None, None]
+        top, left = square[:, i]
+        image[:, top : top + s["cutout"], left : left + s["cutout"]] = 0
+        batch.append(image)
+    return np.stack(batch), data.train_labels[samples]
+
+
+def rate_by_hand(s: dict[str, Any], step: int, total: int) -> float:
+    warmup = round(s["warmup"] * total) if s["schedule"] in ("cosine", "linear") else 0
+    if step < warmup:
+        return s["lr"] * (step + 1) / warmup
+    part = (step - warmup) / (total - warmup)
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - part,
+        "cosine": (1 + math.cos(math.pi * part)) / 2,
+        "step": 0.1 ** (step // math.ceil(total / 3)),
+    }
+    return s["lr"] * shape[s["schedule"]]
+
+
+def trained_by_torch(data: Dataset, s: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The weights and running statistics in which training with the settings ``s`` must end."""
+    torch.set_num_threads(1)  # a second one makes these small sums slower, on a busy machine by far
+    net = torch.nn.Sequential()
+    net.add_module("conv", torch.nn.Conv2d(3, 4, 3, 2, bias=False))
+    net.add_module("norm", torch.nn.BatchNorm2d(4))
+    net.add_module("flatten", torch.nn.Flatten())
+    net.add_module("head", torch.nn.Linear(4 * 7 * 7, 10))
+    first = {name: torch.from_numpy(array) for name, array in SmallNet(seed=s["seed"]).state_dict().items()}
+    net.load_state_dict(first, strict=False)  # but for num_batches_tracked
+    net.double()
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    groups = [
+        {"params": decayed, "weight_decay": s["weight_decay"]},
+        {"params": [p for p in net.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = {
+        "sgd": lambda: torch.optim.SGD(groups, s["lr"], momentum=s["momentum"], nesterov=s["momentum"] > 0),
+        "adam": lambda: torch.optim.Adam(groups, s["lr"]),
+        "adamw": lambda: torch.optim.AdamW(groups, s["lr"]),
+    }[s["optimizer"]]()
+    steps = math.ceil(len(data.train_images) / s["batch_size"])
+    total = s["epochs"] * steps
+    loss_of = torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=s["label_smoothing"])
+    statistics = (net.norm.running_mean, net.norm.running_var)
+    for step in range(total):
+        x, y = batch_by_hand(data, s, step)
+        optimizer.zero_grad()
+        before = [array.clone() for array in statistics]
+        after = [torch.zeros(4, dtype=torch.float64) for _ in statistics]
+        for part in np.array_split(np.arange(len(y)), s["shards"]):  # each with a BatchNorm of its own
+            for array, old in zip(statistics, before, strict=True):
+                array.copy_(old)
+            loss = loss_of(net(torch.from_numpy(x[part])), torch.from_numpy(y[part])) / len(y)
+            loss.backward()
+            for total_of, array in zip(after, statistics, strict=True):
+                total_of += array * len(part) / len(y)
+        for array, new in zip(statistics, after, strict=True):
+            array.copy_(new)
+        if s["clip"]:
+            torch.nn.utils.clip_grad_norm_(net.parameters(), s["clip"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate_by_hand(s, step, total)
+        optimizer.step()
+    return {name: array.numpy() for name, array in net.state_dict().items() if name != "norm.num_batches_tracked"}
+
+
+# -- what a row needs --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """Where a row trains."""
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+
+    def config(self, **settings: Any) -> Config:
+        path = self.folder / "data.h5"
+        if not path.exists():
+            write_hdf5(path, images())
+        return Config(**{**PLAIN, "data": str(path), "out": self.folder / "run", **settings})
+
+    def trainer(self, ranks: Ranks | None = None, **settings: Any) -> Trainer:
+        return Trainer(self.config(**settings), ranks or Ranks())
+
+    def finished(self, **settings: Any) -> Trainer:
+        trainer = self.trainer(**settings)
+        assert trainer.run() == 0
+        return trainer
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch) -> Bench:
+    monkeypatch.setitem(MODELS, "simplecnn", SmallNet)
+    monkeypatch.setitem(MODELS, "smallresnet", OtherNet)
+    return Bench(tmp_path, monkeypatch)
+
+
+def saved_step(folder: Path) -> int:
+    return int(checkpoint.load(folder / "last.h5")[1]["step"])
+
+
+def largest_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
+
+
+Check = Callable[[Bench, str, Any], None]
+
+
+def like_torch(**others: Any) -> Check:
+    """With the settings ``others``, training ends where the twin does, and without the row's one it does not."""
+
+    def check(bench: Bench, field: str, value: Any) -> None:
+        settings = {**PLAIN, **others, field: value}
+        twin = trained_by_torch(images(), settings)
+        without = trained_by_torch(images(), {**PLAIN, **others})
+        trainer = bench.trainer(**{**others, field: value})
+        while trainer.step < trainer.last_step:
+            trainer.train_step()
+        # four steps of float32 against float64, on numbers of order 1; a setting moves them by 1e-3 and more
+        assert largest_difference(trainer.model.state_dict(), twin) < TOLERANCE
+        assert largest_difference(without, twin) > 10 * TOLERANCE
+
+    return check
+
+
+TOLERANCE = 3e-5
+
+
+# -- rows of their own -------------------------------------------------------------------------------------------------
+
+
+def is_built(bench: Bench, field: str, value: Any) -> None:
+    trainer = bench.finished(model=value)
+    assert type(trainer.model) is OtherNet and type(bench.trainer(out=bench.folder / "b").model) is SmallNet
+    assert checkpoint.load(trainer.out / "last.h5")[1]["model"] == value
+
+
+def are_reported(bench: Bench, field: str, value: Any) -> None:
+    trainer = bench.finished(epochs=value)
+    lines = [json.loads(line) for line in (trainer.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, value + 1))
+    assert trainer.step == saved_step(trainer.out) == value * math.ceil(45 / 24)
+
+
+def end_the_run(bench: Bench, field: str, value: Any) -> None:
+    trainer = bench.finished(max_steps=value)
+    assert trainer.step == saved_step(trainer.out) == value < bench.finished(out=bench.folder / "b").step
+
+
+def keys_every_draw(bench: Bench, field: str, value: Any) -> None:
+    """Order, flip, crop, cutout and first weights are the twin's; the masks of dropout get the key here."""
+    like_torch(flip=True, crop=2, cutout=3)(bench, field, value)
+    trainer = bench.trainer(seed=value, out=bench.folder / "b")
+    for _ in range(2):
+        trainer.train_step()
+    assert trainer.model.keys == [(value, step, shard) for step in range(2) for shard in range(2)]
+
+
+def computes_in_torch(bench: Bench, field: str, value: Any) -> None:
+    trainer = bench.finished(backend=value)
+    assert isinstance(trainer.flat.params, torch.Tensor) and trainer.model.use_torch
+    assert largest_difference(trainer.model.state_dict(), trained_by_torch(images(), PLAIN)) < TOLERANCE
+    assert isinstance(bench.trainer(backend="numpy", out=bench.folder / "b").flat.params, np.ndarray)
+
+
+def is_asked_of_torch(bench: Bench, field: str, value: Any) -> None:
+    from cnnmpi import functional_torch
+
+    asked = []
+    bench.patch.setattr(functional_torch, "choose_device", lambda device, index=0: asked.append(device) or "cpu")
+    bench.trainer(backend="torch", device=value, shards=1)
+    assert set(asked) == {value}
+
+
+def are_used(bench: Bench, field: str, value: Any) -> None:
+    asked = []
+    bench.patch.setattr(functional, "set_threads", lambda count, callers=1: asked.append((count, callers)))
+    bench.trainer(threads=value, shards=value)
+    assert asked[-1] == (value, value), "every thread works on a shard of its own"
+    bench.patch.setattr(Ranks, "default_threads", lambda self: 5)
+    bench.trainer(threads=0, shards=1, out=bench.folder / "b")
+    assert asked[-1] == (5, 1), "0 takes the rank's part of the cores"
+
+
+def rounds_as_it_says(bench: Bench, field: str, value: Any) -> None:
+    """One image with a small gradient, which is the sum: exact sums are multiples of 2**-40, float32 keeps all bits."""
+
+    def multiples(reduction: str) -> np.ndarray:
+        trainer = bench.trainer(reduction=reduction, batch_size=1, shards=1, out=bench.folder / reduction)
+        backward = trainer.model.backward
+        trainer.model.backward = lambda dout: backward(dout * np.float32(1e-6))  # type: ignore[method-assign]
+        trainer.train_step()
+        gradient = np.asarray(trainer.flat.grads, np.float64)
+        assert np.abs(gradient).max() > 2.0**-24
+        return gradient * 2.0**40 % 1 == 0
+
+    assert multiples("exact").all() and not multiples(value).all()
+
+
+def are_the_ones_trained_on(bench: Bench, field: str, value: Any) -> None:
+    other = images(train=30, seed=4)
+    path = bench.folder / value
+    write_hdf5(path, other)
+    trainer = bench.finished(data=str(path))
+    assert np.array_equal(trainer.dataset.train_images, other.train_images)
+    sha256 = checkpoint.load(trainer.out / "last.h5")[1]["data_sha256"]
+    assert sha256 == other.digest() != images().digest()
+    assert largest_difference(trainer.model.state_dict(), trained_by_torch(other, PLAIN)) < TOLERANCE
+
+
+def receives_the_files(bench: Bench, field: str, value: Any) -> None:
+    bench.patch.chdir(bench.folder)
+    bench.finished(out=value)
+    assert {"last.h5", "best.h5", "metrics.jsonl", "config.toml"} <= {p.name for p in (bench.folder / value).iterdir()}
+    bench.finished(out=None, seed=8)
+    assert (bench.folder / "runs" / "simplecnn-8" / "last.h5").exists()
+
+
+def goes_on(bench: Bench, field: str, value: Any) -> None:
+    whole = bench.finished(momentum=0.9, out=bench.folder / "whole")
+    part = bench.finished(momentum=0.9, max_steps=3).out
+    copied = Trainer(Config(resume=str(part / "last.h5"), out=bench.folder / "other"), Ranks())
+    assert copied.step == 3
+    resumed = Trainer(Config(resume=value, out=part), Ranks())
+    assert resumed.step == 3
+    for trainer in (copied, resumed):
+        assert trainer.run() == 0
+        assert largest_difference(trainer.model.state_dict(), whole.model.state_dict()) == 0
+    assert Trainer(Config(resume=None, out=part), Ranks()).step == 0
+
+
+def saves(bench: Bench, field: str, value: Any) -> None:
+    def seen(every: int) -> list[int]:
+        trainer = bench.trainer(checkpoint_every=every, batch_size=16, out=bench.folder / str(every))
+        original, steps = trainer.train_step, []
+
+        def step() -> float:
+            steps.append(saved_step(trainer.out))
+            return original()
+
+        trainer.train_step = step  # type: ignore[method-assign]
+        assert trainer.run() == 0
+        return steps
+
+    assert seen(value) == [0, 0, 2, 3, 4, 4]  # what each of the steps 0..5 finds; an epoch has three
+    assert seen(0) == [0, 0, 0, 3, 3, 3]
+
+
+def compares_the_ranks(bench: Bench, field: str, value: Any) -> None:
+    class Listening(Ranks):
+        def agree_on_arrays(self, when, arrays):
+            heard.append((when, frozenset(arrays)))
+
+    def asked(every: int) -> list[str]:
+        trainer = bench.trainer(Listening(), agree_every=every, batch_size=16, out=bench.folder / str(every))
+        heard.clear()
+        while trainer.step < trainer.last_step:
+            trainer.train_step()
+        assert all("model/head.weight" in names and "optimizer/momentum/head.weight" in names for _, names in heard)
+        return [when for when, _ in heard]
+
+    heard: list[tuple[str, frozenset[str]]] = []
+    assert asked(value) == ["step 2", "step 4", "step 6"] and asked(0) == []
+
+
+def decides(bench: Bench, field: str, value: Any) -> None:
+    def poisoned(on_nan: str) -> Trainer:
+        trainer = bench.trainer(on_nan=on_nan, out=bench.folder / on_nan)
+        original = trainer.loader.batch
+
+        def batch(step: int, shard: int) -> tuple[Any, Any]:
+            x, y = original(step, shard)
+            return (np.full_like(x, np.nan), y) if step == 1 else (x, y)
+
+        trainer.loader.batch = batch  # type: ignore[method-assign, assignment]
+        return trainer
+
+    skipping, stopping = poisoned(value), poisoned("stop")
+    with np.errstate(all="ignore"):
+        assert skipping.run() == 0 and skipping.step == 4
+        with pytest.raises(UserError, match=r"step 1, shard 0: .*not finite"):
+            stopping.run()
+    assert stopping.step == 1
+
+
+def reaches_the_watchdog(bench: Bench, field: str, value: Any) -> None:
+    made = []
+
+    class Watching(command_line.Watchdog):
+        def __init__(self, ranks: Ranks, *limits: float) -> None:
+            made.append(limits)
+            super().__init__(ranks, *limits)
+
+    class Nothing:
+        def __init__(self, *arguments: Any) -> None:
+            pass
+
+        def run(self) -> int:
+            return 0
+
+    bench.patch.setattr(command_line, "start", Ranks)
+    bench.patch.setattr(command_line, "Watchdog", Watching)
+    flag = "--" + field.replace("_", "-")
+    assert command_line.main([flag, str(value)], Nothing) == 0
+    usual = {"hang_warning": 60, "hang_limit": 600}
+    assert made == [tuple((usual | {field: value}).values())]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+# field: (a value that is not the usual one, what it does)
+ROWS: dict[str, list[tuple[Any, Check]]] = {
+    "model": [("smallresnet", is_built)],
+    "epochs": [(3, like_torch(schedule="linear")), (3, are_reported)],
+    "max_steps": [(3, end_the_run)],
+    "batch_size": [(16, like_torch())],
+    "shards": [(3, like_torch())],
+    "optimizer": [
+        ("adam", like_torch(weight_decay=0.1, lr=0.01)),
+        ("adamw", like_torch(weight_decay=0.1, lr=0.01)),
+        ("sgd", like_torch(optimizer="adam", lr=0.01, momentum=0.9)),
+    ],
+    "lr": [(0.05, like_torch()), (0.005, like_torch(optimizer="adamw"))],
+    "schedule": [("cosine", like_torch()), ("linear", like_torch()), ("step", like_torch())],
+    "warmup": [(0.5, like_torch(schedule="linear")), (0.25, like_torch(schedule="cosine"))],
+    "momentum": [(0.8, like_torch())],
+    "weight_decay": [(0.1, like_torch()), (0.3, like_torch(optimizer="adamw", lr=0.01))],
+    "label_smoothing": [(0.2, like_torch())],
+    "clip": [(0.5, like_torch(momentum=0.9, weight_decay=0.1))],
+    "flip": [(True, like_torch())],
+    "crop": [(3, like_torch())],
+    "cutout": [(5, like_torch())],
+    "seed": [(6, keys_every_draw)],
+    "backend": [("torch", computes_in_torch)],
+    "device": [("cuda:1", is_asked_of_torch)],
+    "threads": [(3, are_used)],
+    "reduction": [("float32", rounds_as_it_says)],
+    "data": [("other.h5", are_the_ones_trained_on)],
+    "out": [(Path("there"), receives_the_files)],
+    "resume": [("auto", goes_on)],
+    "checkpoint_every": [(2, saves)],
+    "agree_every": [(2, compares_the_ranks)],
+    "on_nan": [("skip", decides)],
+    "hang_warning": [(7.0, reaches_the_watchdog)],
+    "hang_limit": [(9.0, reaches_the_watchdog)],
+}
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+CASES = [pytest.param(field, *row, id=f"{field}-{row[0]}") for field, rows in ROWS.items() for row in rows]
+
+
+def test_every_setting_has_a_row():
+    assert sorted(ROWS) == sorted(FIELDS)
+
+
+@pytest.mark.parametrize("field, value, check", CASES)
+def test_a_setting_does_what_it_says(field, value, check, bench):
+    check(bench, field, value)
+
+
+def test_the_plain_run_is_the_twins(bench):
+    trainer = bench.finished()
+    assert largest_difference(trainer.model.state_dict(), trained_by_torch(images(), PLAIN)) < TOLERANCE
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_setting_has_a_flag_and_a_key(field, tmp_path):
+    value = False if field == "flip" else ROWS[field][0][0]
+    usual = parse([])
+    path = tmp_path / "settings.toml"
+    path.write_text(tomli_w.dumps({field: str(value) if isinstance(value, Path) else value}))
+    flag = "--" + field.replace("_", "-")
+    for argv in (["--no-flip"] if field == "flip" else [flag, str(value)], ["--config", str(path)]):
+        config = parse(argv)
+        assert getattr(config, field) == value
+        assert [name for name in FIELDS if getattr(config, name) != getattr(usual, name)] == [field]
+
+
+# -- what no setting changes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mpi(min_size=2)
+def test_all_ranks_start_from_the_weights_and_statistics_of_the_first(ranks, shared_tmp, monkeypatch):
+    """They may differ at first: hosts of different kinds draw other last bits."""
+
+    class Own(SmallNet):
+        def __init__(self, seed=0, **options):
+            super().__init__(seed=seed + ranks.rank, **options)
+            self.norm.buffers["running_mean"][...] = ranks.rank
+
+    monkeypatch.setitem(MODELS, "simplecnn", Own)
+    ranks.on_rank0(lambda: write_hdf5(shared_tmp / "data.h5", images()))
+    config = Config(**{**PLAIN, "shards": 8, "data": str(shared_tmp / "data.h5"), "out": shared_tmp / "run"})
+    trainer = Trainer(config, ranks)
+    assert largest_difference(trainer.model.state_dict(), SmallNet(seed=PLAIN["seed"]).state_dict()) == 0
+    digests = ranks.gather(checkpoint.weights_digest(trainer.model.state_dict()))
+    assert len(set(digests)) == 1
+
+
+def test_a_resumed_run_keeps_the_best_checkpoint_until_it_is_better(bench):
+    out = bench.finished(max_steps=2).out  # one epoch
+    arrays, attributes = checkpoint.load(out / "last.h5")
+    best = checkpoint.load(out / "best.h5")[1]["step"]
+    checkpoint.save(out / "last.h5", arrays, {**attributes, "best_test_acc": 1.0})  # no epoch can be better
+    assert Trainer(Config(out=out, resume="auto"), Ranks()).run() == 0
+    assert checkpoint.load(out / "best.h5")[1]["step"] == best == 2
+    assert checkpoint.load(out / "last.h5")[1]["best_test_acc"] == 1.0
