@@ -1,11 +1,15 @@
 """Archives, HDF5 files, synthetic images, the rule of --data, augmentation and the loader."""
 
+import dataclasses
 import gzip
 import io
 import os
 import pickle
+import stat
 import sys
 import tarfile
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import h5py
@@ -31,6 +35,7 @@ from cnnmpi.data import (
 from cnnmpi.data import __main__ as command
 from cnnmpi.data import find as find_module
 from cnnmpi.data.archive import LAYOUTS
+from cnnmpi.data.dataset import BLOCK
 from cnnmpi.data.download import DownloadError
 
 NAMES = {10: [f"class {i}" for i in range(10)], 100: [f"fine {i}" for i in range(100)]}
@@ -370,6 +375,291 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(DataError, match=r"d\.h5: cannot be written: No space left"):
         write_hdf5(path, tiny(seed=1))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def small_file(path, classes=None, **how):
+    """A data file as another program may write it: 5 and 3 images of one channel and 4x4 pixels, 3 classes."""
+    dataset = tiny(5, 3, (1, 4, 4), 3)
+    with h5py.File(path, "w", **how) as file:
+        for name in ("train", "test"):
+            file[f"{name}/images"] = getattr(dataset, f"{name}_images")
+            file[f"{name}/labels"] = getattr(dataset, f"{name}_labels")
+        file.attrs["classes"] = ["cat", "größe", ""] if classes is None else classes
+        file.attrs["source"] = "somewhere"
+    return path
+
+
+def refusal(path):
+    """The one line with which a data file is refused."""
+    with pytest.raises(DataError) as caught:
+        read_hdf5(path)
+    assert str(caught.value).startswith(f"{path}: ") and str(caught.value).isprintable()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"libver": "latest"}, {"libver": "v108"}, {"userblock_size": 1024}, {"libver": "latest", "track_order": True}],
+)
+def test_names_of_variable_length_are_read(tmp_path, how):
+    read = read_hdf5(small_file(tmp_path / "d.h5", **how))
+    assert read.classes == ("cat", "größe", "") and read.source == "somewhere" and read.sha256 == ""
+    assert equal(read, tiny(5, 3, (1, 4, 4), 3))
+    names = [f"class {i} " + "x" * (i % 50) for i in range(3000)]  # a heap of many collections
+    assert read_hdf5(small_file(tmp_path / "d.h5", names, **how)).classes == tuple(names)
+    with h5py.File(tmp_path / "d.h5", "r+") as file:
+        file["train/labels"][...] = file["test/labels"][...] = 0
+        file.attrs["classes"] = "all"
+    assert read_hdf5(tmp_path / "d.h5").classes == ("all",)
+
+
+def test_dense_storage_of_names_is_refused_with_the_remedy(tmp_path):
+    path = small_file(tmp_path / "d.h5", libver="latest")
+    with h5py.File(path, "r+", libver="latest") as file:
+        for i in range(20):
+            file.attrs[f"extra {i}"] = i
+    assert "fixed length" in refusal(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["classes"] = np.array(["a", "b", "c"], dtype="S")  # as the message says
+        file.attrs["source"] = np.array("s", dtype="S")
+    assert read_hdf5(path).classes == ("a", "b", "c")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("virtual", [False, True])
+def test_a_malformed_heap_is_refused_and_keeps_nobody_waiting(tmp_path, virtual):
+    path = small_file(tmp_path / "d.h5")
+    if virtual:
+        with h5py.File(path, "r+") as file:
+            file.attrs["classes"] = np.array(["a", "b", "c"], dtype="S")
+            del file.attrs["source"], file["test/images"]
+            layout = h5py.VirtualLayout((3, 1, 4, 4), np.uint8)
+            layout[:] = h5py.VirtualSource("other.h5", "x", (3, 1, 4, 4))
+            file.create_virtual_dataset("test/images", layout)
+    content = path.read_bytes()
+    for start in [at for at in range(len(content)) if content[at : at + 4] == b"GCOL"]:
+        entry = start + 16
+        for value in (0, 1, 2**64 - 1, 2**64 - 8, 2**63, 5000):  # libhdf5 2.0 never returns from a free space of size 0
+            changed = bytearray(content)
+            changed[entry : entry + 2] = bytes(2)
+            changed[entry + 8 : entry + 16] = value.to_bytes(8, "little")
+            path.write_bytes(changed)
+            assert "classes" in refusal(path) or (virtual and "virtual dataset" in refusal(path))
+            changed[entry : entry + 2] = b"\1\0"
+            path.write_bytes(changed)
+            try:
+                read_hdf5(path)
+            except DataError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.fault
+def test_many_names_cannot_share_one_large_text(tmp_path):
+    large = "x" * 30_000
+    path = small_file(tmp_path / "d.h5", [large, *["y"] * 3000])
+    content = path.read_bytes()
+    at = content.index(len(large).to_bytes(4, "little"))  # its reference: length, address, index
+    path.write_bytes(content[: at + 16] + content[at : at + 16] * 3000 + content[at + 16 * 3001 :])
+    with h5py.File(path, "r") as file:  # 90 MB from 150 kB
+        assert path.stat().st_size < 200_000 and sum(map(len, file.attrs["classes"])) == 3001 * len(large)
+    assert "more bytes than the file holds" in refusal(path)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("classes", [1, 2], "classes must be a list of names"),
+        ("classes", np.zeros((2, 2)), "classes.*neither text"),
+        ("classes", h5py.Empty("S3"), "classes.*neither text"),
+        ("classes", np.zeros(0, "S1"), "classes must be a list of names"),
+        ("source", 3, "source and sha256 must be texts"),
+        ("sha256", ["a", "b"], "source and sha256 must be texts"),
+        ("source", np.zeros(2, "f4,f8"), "source.*neither text"),
+    ],
+)
+def test_attributes_of_another_kind_are_refused(tmp_path, name, value, match):
+    path = small_file(tmp_path / "d.h5")
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
+    with pytest.raises(DataError, match=match):
+        read_hdf5(path)
+
+
+def direct(content, mask=0):
+    """Replace the first chunk of the training images by ``content``."""
+
+    def change(file):
+        file["train/images"].id.write_direct_chunk((0, 0, 0, 0), content, mask)
+
+    return change
+
+
+def longer(file):
+    """Make images of which only 5 were ever written 10."""
+    file["train/images"].resize(10, axis=0)
+    del file["train/labels"]
+    file["train/labels"] = np.zeros(10, int)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("storage", "change", "match"),
+    [
+        ({"compression": "gzip"}, direct(zlib.compress(bytes(64 << 20))), "does not hold its 32 bytes"),
+        ({"compression": "gzip"}, direct(zlib.compress(bytes(31))), "does not hold its 32 bytes"),
+        ({"compression": "gzip"}, direct(zlib.compress(bytes(32))[:-1]), "does not hold its 32 bytes"),
+        ({"compression": "gzip"}, direct(b"x"), "does not hold its 32 bytes"),
+        ({"compression": "gzip"}, direct(b"x", 1), "does not hold its 32 bytes"),
+        ({"compression": "lzf"}, direct(bytes(33)), "does not hold its 32 bytes"),
+        ({"fletcher32": True}, direct(bytes(32)), "does not hold its 32 bytes"),
+        ({"scaleoffset": 0}, None, "filters that are not read"),
+        ({"maxshape": (None, 1, 4, 4)}, None, None),
+        ({"compression": "gzip", "maxshape": (None, 1, 4, 4)}, longer, "holds 3 of 5 chunks"),
+    ],
+)
+def test_chunks_that_are_not_what_they_claim_are_refused(tmp_path, storage, change, match):
+    path = small_file(tmp_path / "d.h5")
+    with h5py.File(path, "r+") as file:
+        images = file["train/images"][()]
+        del file["train/images"]
+        file.create_dataset("train/images", data=images, chunks=(2, 1, 4, 4), **storage)
+        if "scaleoffset" not in storage and "maxshape" not in storage:
+            assert equal(read_hdf5_closed(file, path), tiny(5, 3, (1, 4, 4), 3))
+    with h5py.File(path, "r+") as file:
+        if change:
+            change(file)
+    if match is None:
+        assert len(read_hdf5(path).train_images) == 5
+    else:
+        with pytest.raises(DataError, match=match):
+            read_hdf5(path)
+
+
+def read_hdf5_closed(file, path):
+    """Read what ``file`` has written so far."""
+    file.flush()
+    copy = path.with_name("copy.h5")
+    copy.write_bytes(path.read_bytes())
+    return read_hdf5(copy)
+
+
+@pytest.mark.parametrize(
+    ("mode", "how"), [("r", {}), ("r", {"rdcc_nbytes": 0}), ("r", {"libver": "latest"}), ("r", {"driver": "core"})]
+)
+def test_a_file_that_is_read_elsewhere_in_the_program_can_be_read(tmp_path, mode, how):
+    path = small_file(tmp_path / "d.h5")
+    with h5py.File(path, mode, **how) as file:
+        assert equal(read_hdf5(path), tiny(5, 3, (1, 4, 4), 3))
+        assert file["train/labels"].shape == (5,)
+
+
+@pytest.mark.parametrize("mode", ["r+", "a"])
+def test_a_file_that_is_written_elsewhere_in_the_program_is_called_so(tmp_path, monkeypatch, mode):
+    path = small_file(tmp_path / "d.h5")
+    monkeypatch.chdir(tmp_path)
+    with h5py.File("d.h5", mode) as file:
+        file["train/labels"][0] = 2
+        assert "is open for writing elsewhere in this program: close it first" in refusal(path)
+    assert read_hdf5(path).train_labels[0] == 2
+    with h5py.File(path.with_name("new.h5"), "w") as file:
+        file["x"] = 1
+        assert "close it first" in refusal(path.with_name("new.h5"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [
+        ((32, 32, 3), True),
+        ((4, 300, 3), True),  # 4 rows look like 4 channels
+        ((28, 28, 1), True),
+        ((224, 160, 4), True),
+        ((5, 6, 1), True),
+        ((3, 32, 32), False),
+        ((1, 6, 4), False),
+        ((8, 4, 4), False),
+        ((4, 32, 32), False),
+        ((200, 16, 16), False),
+        ((3, 5, 3), False),
+        ((4, 3, 3), False),
+    ],
+)
+def test_images_with_channels_last_are_refused_with_the_remedy(tmp_path, shape, channels_last):
+    dataset = tiny(5, 3, shape, 3)
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        for name in ("train", "test"):
+            file[f"{name}/images"] = getattr(dataset, f"{name}_images")
+            file[f"{name}/labels"] = getattr(dataset, f"{name}_labels")
+        file.attrs["classes"] = list(dataset.classes)
+    if channels_last:
+        assert "transpose them by images.transpose(0, 3, 1, 2)" in refusal(tmp_path / "d.h5")
+        with pytest.raises(DataError, match="transpose them"):
+            write_hdf5(tmp_path / "e.h5", dataset)
+    else:
+        assert equal(read_hdf5(tmp_path / "d.h5"), dataset)
+
+
+@pytest.mark.parametrize("count", [300, 4096, 100_000])
+def test_many_classes_are_written_and_read(tmp_path, count):
+    names = tuple(f"class {i} ".ljust(66, "x") for i in range(count))
+    dataset = dataclasses.replace(tiny(5, 3, (1, 4, 4)), classes=names)
+    dataset.train_labels[0] = count - 1
+    write_hdf5(tmp_path / "d.h5", dataset)
+    read = read_hdf5(tmp_path / "d.h5")
+    assert read.classes == names and read.digest() == dataset.digest() and equal(read, dataset)
+    with h5py.File(tmp_path / "d.h5") as file:  # as any program reads them
+        assert ("classes" in file.attrs) == (count == 300)
+        stored = file.attrs["classes"] if count == 300 else file["classes"][()]
+        assert stored[-1].decode() == names[-1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "match"),
+    [
+        (["a\0", "b"], "NUL"),
+        (["x" * 2**20] + ["y"] * 200, "shorten the longest"),
+        (["\udcff", "b"], "surrogates"),
+        ([], "classes must be names"),
+        ([1, 2], "classes must be names"),
+    ],
+)
+def test_names_that_cannot_be_stored_are_refused(tmp_path, classes, match):
+    dataset = dataclasses.replace(tiny(5, 3, (1, 4, 4), 2), classes=tuple(classes))
+    with pytest.raises(DataError, match=match):
+        write_hdf5(tmp_path / "d.h5", dataset)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault
+def test_file_and_folder_reach_the_disk_in_this_order(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        fsync(descriptor)
+
+    def renamed(source, target):
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_hdf5(tmp_path / "d.h5", tiny())
+    assert events == ["sync file", "rename", "sync folder"]
+
+
+def test_large_images_are_handled_few_at_a_time(tmp_path):
+    dataset = tiny(60, 1, (3, 256, 256))  # 12 MB
+    write_hdf5(tmp_path / "d.h5", dataset)
+    digest = dataset.digest()
+    contiguous = dataclasses.replace(dataset, train_images=np.ascontiguousarray(dataset.train_images))
+    whole = dataset.train_images.nbytes
+    for act in (contiguous.digest, lambda: read_hdf5(tmp_path / "d.h5").digest()):
+        tracemalloc.start()
+        assert act() == digest
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < (whole + dataset.test_images.nbytes) * (act != contiguous.digest) + 4 * BLOCK
 
 
 # ---- the data set itself

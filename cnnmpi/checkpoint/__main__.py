@@ -10,13 +10,14 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
 
 from cnnmpi.checkpoint.atomic import CheckpointError
 from cnnmpi.checkpoint.format import Array, load, weights_digest
+from cnnmpi.common.text import printable
 
 PROGRAM = "cnnmpi.checkpoint"
 
@@ -151,11 +152,6 @@ def summary(array: Array) -> tuple[float, float, float]:
 def shape_text(array: Array) -> str:
     """Return a shape as 64x3x3x3, or "scalar"."""
     return "x".join(map(str, array.shape)) or "scalar"
-
-
-def printable(text: Any) -> str:
-    """Return ``text``, escaped where a terminal could take it for commands."""
-    return text if text.isprintable() else ascii(text)
 
 
 def complain(text: str) -> None:

@@ -11,7 +11,7 @@ from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train.report import METRICS
 from cnnmpi.train.setup import Say, as_user_errors
-from cnnmpi.train.state import Arrays
+from cnnmpi.train.state import Arrays, read_progress
 
 LAST, PREVIOUS, BEST = "last.h5", "previous.h5", "best.h5"
 
@@ -90,9 +90,8 @@ def find_checkpoint(resume: str, folder: Path, say: Say) -> Saved | None:
     if found is None:
         say(f"--resume: no checkpoint in {folder} yet: starting from the beginning")
         return None
-    missing = {"config", "step", "epoch_counts", "best_test_acc", "data_sha256", "data_source"} - set(found[2])
-    if missing:
-        raise UserError(f"{found[0]}: not a checkpoint of cnnmpi.train: it lacks {', '.join(sorted(missing))}")
+    with as_user_errors():
+        read_progress(found[0], found[2])
     return found
 
 
