@@ -24,6 +24,7 @@ from cnnmpi.data import (
     find_data,
     load_cifar10,
     normalize,
+    pickled,
     random_crop,
     random_horizontal_flip,
     read_archive,
@@ -33,6 +34,7 @@ from cnnmpi.data import (
     write_hdf5,
 )
 from cnnmpi.data import __main__ as command
+from cnnmpi.data import archive as archive_module
 from cnnmpi.data import find as find_module
 from cnnmpi.data.archive import LAYOUTS
 from cnnmpi.data.dataset import BLOCK
@@ -218,6 +220,135 @@ def test_damaged_members_are_refused_by_name(tmp_path):
     for name in ("text.tar.gz", "absent.tar.gz"):
         with pytest.raises(DataError, match=name):
             read_archive(tmp_path / name)
+
+
+def one_line(path):
+    """The one line with which an archive is refused."""
+    with pytest.raises(DataError) as caught:
+        read_archive(path)
+    assert str(path) in str(caught.value) and str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def header_of(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (header_of("unwanted", 1 << 40), "unpacks to more than"),
+        (header_of("cifar/data_batch_1", 1 << 40), "claims 1099511627776 bytes"),
+        (header_of("long", 1 << 28, tarfile.GNUTYPE_LONGNAME) + bytes(1 << 20), "claims a header of 268435456 bytes"),
+        (header_of("pax", 1 << 28, tarfile.XHDTYPE) + bytes(1 << 20), "claims a header of 268435456 bytes"),
+        (header_of("pax", 1 << 28, tarfile.XGLTYPE) + bytes(1 << 20), "claims a header of 268435456 bytes"),
+        (header_of("x", 0) * 1001, "more than 1000 members"),
+        (header_of("two\nlines", 0, tarfile.SYMTYPE), r"two\\nlines' is a link"),
+        (header_of("sparse", 0, tarfile.GNUTYPE_SPARSE) + bytes(1024), "sparse is a link or a device"),
+    ],
+    ids=["skipped", "wanted", "long name", "pax", "global pax", "members", "name", "sparse"],
+)
+def test_an_archive_that_claims_more_than_any_official_one_is_refused(tmp_path, monkeypatch, content, match, packed):
+    path = tmp_path / "a.tar"
+    monkeypatch.setattr(archive_module, "MOST_MEMBERS", 1000)  # instead of 10,000, which take their time to write
+    content += bytes(1024)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=match):
+        read_archive(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "\n" not in one_line(path) and peak < 8 << 20, "a thousand members take 2 MB, pieces and buffers 3 MB"
+
+
+@pytest.mark.fault
+def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar.gz"
+    monkeypatch.setattr(archive_module, "LARGEST", 32 << 20)  # instead of 512 MB, to be quick
+    with gzip.open(path, "wb", 1) as file:  # zeros that nobody asked for
+        file.write(header_of("unwanted", 40 << 20))
+        for _ in range(40):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    assert "unpacks to more than" in one_line(path)
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
+class Pickled:
+    """An object whose pickle calls ``callee``, which is looked up by its name."""
+
+    def __init__(self, callee, arguments):
+        self.callee, self.arguments = callee, arguments
+
+    def __reduce__(self):
+        return self.callee, self.arguments
+
+
+def nested(depth):
+    """A tuple of 2**depth leaves that takes as many steps to hash, in a pickle of some bytes a level."""
+    return b"\x80\x02})" + b"2\x86" * depth + b"K\x01s."
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (nested(60), "instruction DUP"),
+        (b"\x80\x02})q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"h\x00K\x01s.", "damaged pickle"),
+        (b"\x80\x02" + b"]" * 30_000 + b".", "more than 20000 instructions"),
+        (b"\x80\x02}r\xff\xff\xff\xff.", "expected 'data'"),  # a memo of four billion entries
+        (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.", "damaged pickle"),
+        (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.", "damaged pickle"),
+        (b"\x80\x04\x95" + (1 << 40).to_bytes(8, "little") + b"}.", "damaged pickle|expected 'data'"),
+        (pickle.dumps({"data": np.zeros((2, 3072)), "labels": [1, 2]}, 2), "another type than uint8"),
+        (pickle.dumps({"data": Pickled(np.ndarray, ((1 << 40,),)), "labels": [1, 2]}, 2), "damaged pickle"),
+        (pickle.dumps({"data": Pickled(np.zeros, ((1 << 40,),)), "labels": [1, 2]}, 2), "asks for numpy.zeros"),
+        (pickle.dumps({"data": Pickled(bytes, (1 << 40,)), "labels": [1, 2]}, 2), "asks for __builtin__.bytes"),
+        (b"\x80\x02cos\nsystem\n(S'true'\ntR.", "asks for os.system"),
+        (b"\x80\x02cnumpy\ndtype\n(S'u1'\ntb.", "damaged pickle|sets the state"),
+        (b"\x80\x02PX\n.", "instruction PERSID"),
+        (b"\x80\x02", "damaged pickle"),
+        (b".", "damaged pickle"),
+        (b"", "damaged pickle"),
+    ],
+)
+def test_a_pickle_that_asks_for_the_impossible_is_refused(tmp_path, monkeypatch, content, match):
+    monkeypatch.setattr(pickled, "MOST_STEPS", 20_000)  # instead of a million, to be quick
+    path = write_tar(tmp_path / "a.tar", PYTHON.folder, members_of(PYTHON, tiny()) | {"data_batch_4": content})
+    tracemalloc.start()
+    with pytest.raises(DataError, match=f"data_batch_4: .*({match})"):
+        read_archive(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20, "20,000 empty lists take 2 MB, the archive less than 1 MB"
+    one_line(path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_every_protocol_are_read(tmp_path, protocol):
+    wanted = tiny()
+    members = members_of(PYTHON, wanted)
+    for name, content in members.items():
+        members[name] = pickle.dumps(pickle.loads(content), protocol)
+    path = write_tar(tmp_path / "a.tar", PYTHON.folder, members)
+    if protocol == 5:  # NumPy then asks for a function of its own
+        assert "asks for numpy" in one_line(path)
+    else:
+        assert equal(read_archive(path), wanted)
+
+
+@pytest.mark.fault
+def test_an_archive_cut_off_anywhere_is_refused(tmp_path):
+    content = write_tar(tmp_path / "a.tar.gz", PYTHON.folder, members_of(PYTHON, tiny())).read_bytes()
+    path = tmp_path / "b.tar.gz"
+    for size in [0, 1, 2, 10, 18, *range(100, len(content) - 200, len(content) // 40)]:
+        path.write_bytes(content[:size])
+        one_line(path)
 
 
 # ---- HDF5
@@ -774,6 +905,63 @@ def test_a_path_is_converted_again_only_when_the_archive_has_changed(tmp_path):
         find_data(str(tmp_path / "other.tar"), data)
     with pytest.raises(DataError, match=r"absent\.h5: no such file"):
         find_data("absent.h5", data)
+
+
+@pytest.mark.parametrize("name", ["d.h5", "d.H5", "d.HDF5", "d.hdf", "d", "d.data", "d.tar.gz"])
+@pytest.mark.parametrize("block", [0, 512, 2048])
+def test_hdf5_is_told_by_its_content(tmp_path, name, block):
+    path = small_file(tmp_path / name, userblock_size=block)
+    assert find_data(str(path), tmp_path / "data") == path
+    assert equal(read_hdf5(path), tiny(5, 3, (1, 4, 4), 3))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["a.TAR.GZ", "a.tgz", "a.Tar", "a", "a.h5.bak"])
+def test_archives_are_told_by_their_content(tmp_path, name):
+    path = write_tar(tmp_path / name, BINARY.folder, members_of(BINARY, tiny()))
+    target = find_data(str(path), tmp_path / "data", notify=lambda text: None)
+    assert target == tmp_path / "data" / ("a.h5.bak.h5" if name == "a.h5.bak" else "a.h5")
+    assert equal(read_hdf5(target), tiny())
+    local = write_tar(tmp_path / "CIFAR-10-Binary.TAR.GZ", BINARY.folder, members_of(BINARY, tiny()))
+    assert find_data("cifar10", tmp_path, notify=lambda text: None) == tmp_path / "cifar10.h5" and local.exists()
+
+
+@pytest.mark.fault
+def test_what_is_neither_is_called_so(tmp_path):
+    (tmp_path / "d.H5").write_bytes(b"no HDF5")
+    (tmp_path / "empty.h5").write_bytes(b"")
+    for name in ("d.H5", "empty.h5"):
+        assert "no HDF5 file" in refusal(find_data(str(tmp_path / name), tmp_path))
+    (tmp_path / "notes").write_text("text")
+    with pytest.raises(DataError, match=r"notes: .*no \.tar\.gz, \.tar or HDF5"):
+        find_data(str(tmp_path / "notes"), tmp_path, notify=lambda text: None)
+    os.mkfifo(tmp_path / "pipe")
+    for device in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(DataError, match="neither a file nor a folder"):
+            find_data(str(device), tmp_path)
+
+
+def test_cifar100_is_not_taken_for_cifar10(tmp_path, offline, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fine = tiny(classes=100)
+    for layout in LAYOUTS[2:]:
+        archive = write_tar(tmp_path / "cifar-100.tar", layout.folder, members_of(layout, fine))
+        assert command.main(["--archive", str(archive)]) == 0
+        assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar100.h5"]
+    archive = write_tar(tmp_path / "cifar-10.tar", PYTHON.folder, members_of(PYTHON, tiny()))
+    assert command.main(["--archive", str(archive)]) == 0
+    assert equal(read_hdf5("data/cifar10.h5"), tiny()) and equal(read_hdf5("data/cifar100.h5"), fine)
+    (tmp_path / "data/cifar100.h5").replace("data/cifar10.h5")  # as older versions converted it
+    for ask in (lambda: load_cifar10("data"), lambda: find_data("cifar10"), lambda: find_data("auto")):
+        with pytest.raises(DataError, match=r"data/cifar10\.h5: has 100 classes, CIFAR-10 has ten"):
+            ask()
+    assert find_data("data/cifar10.h5") == Path("data/cifar10.h5")
+    Path("data/cifar10.h5").unlink()
+    write_tar(Path("data/cifar-10-python.tar"), LAYOUTS[2].folder, members_of(LAYOUTS[2], fine))
+    for ask in (lambda: load_cifar10("data"), lambda: find_data("auto", notify=lambda text: None)):
+        with pytest.raises(DataError, match="has 100 classes"):
+            ask()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-python.tar"]
 
 
 @pytest.mark.fault

@@ -14,7 +14,7 @@ import numpy as np
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import DataError
 
-MOST_STEPS = 2_000_000  # instructions; ten times as many as the largest official file has
+MOST_STEPS = 1_000_000  # instructions; several times as many as the largest official file has
 CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 TEXTS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}

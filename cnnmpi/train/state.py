@@ -19,6 +19,7 @@ from cnnmpi.optim import Optimizer
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
+MOST_PIXELS = 1 << 26  # of an image; what is to be predicted is scaled to the size that a file names
 FEW = 1 << 20  # numbers that may be allocated for a model whatever its file holds: 8 MB
 
 
@@ -141,10 +142,10 @@ def _info(path: str | Path, name: str, attributes: dict[str, Any]) -> Info:
     if missing:
         raise CheckpointError(f"{path}: does not describe a {name} completely: it lacks {', '.join(missing)}")
     options = _json(path, "model_options", attributes["model_options"])
-    sizes = [number for value in options.values() for number in (value if isinstance(value, list) else [value])]
-    right = {"in_channels", "num_classes", "image_size"} <= set(options) and all(
-        _whole(number) and 0 <= number < 2**31 for number in sizes
-    )
+    sizes = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
+    right = all(_whole(number) and 0 <= number < 2**31 for numbers in sizes.values() for number in numbers)
+    right = right and {"in_channels", "num_classes", "image_size"} <= set(options)
+    right = right and len(sizes["image_size"]) <= 2 and math.prod(sizes["image_size"]) <= MOST_PIXELS
     _check(path, "model_options", right, options, "sizes: in_channels, num_classes, image_size")
     classes, mean, std = (attributes[key] for key in ("classes", "mean", "std"))
     right = isinstance(classes, list) and all(isinstance(text, str) for text in classes)
