@@ -189,7 +189,7 @@ NO_FAULT = Fault("none", "nowhere", 0, 0, 0)
 def step_of(out: Path) -> int:
     """Return the step of the newest good checkpoint; 0 where there is none yet."""
     saved = find_checkpoint("auto", out, lambda text: None)
-    return int(saved[2]["step"]) if saved else 0
+    return saved.run.step if saved else 0
 
 
 def result_of(outcome: Outcome, out: Path) -> str | None:

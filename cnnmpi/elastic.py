@@ -7,7 +7,6 @@ What follows ``--`` is for cnnmpi.train. The result is that of an undisturbed ru
 """
 
 import contextlib
-import json
 import re
 import shlex
 import shutil
@@ -27,7 +26,7 @@ import tyro
 from cnnmpi import console
 from cnnmpi.distributed import UserError
 from cnnmpi.machine import usable_cores
-from cnnmpi.train.config import parse, resolve
+from cnnmpi.train.config import continued, parse, resolve
 from cnnmpi.train.folder import find_checkpoint
 
 FINAL = {0: "done", 2: "refused", 75: "stopped on request, with a checkpoint", 130: "interrupted"}
@@ -113,9 +112,10 @@ def shards_of(arguments: Sequence[str]) -> int:
 
     Raises UserError or SystemExit(2) for a command line that cnnmpi.train would refuse.
     """
-    config = resolve(parse(arguments))
+    asked = parse(arguments)
+    config = resolve(asked)
     saved = find_checkpoint(config.resume, config.out or Path(), lambda text: None) if config.resume else None
-    return int(json.loads(saved[2]["config"])["shards"] if saved else config.shards or 1)
+    return (continued(asked, saved.run.config, saved.path) if saved else config).shards or 1
 
 
 def passed_on(number: int) -> int:

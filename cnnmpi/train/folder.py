@@ -5,6 +5,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ from cnnmpi.checkpoint.atomic import sync_directory
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train.report import METRICS
 from cnnmpi.train.setup import Say, as_user_errors
-from cnnmpi.train.state import Arrays
+from cnnmpi.train.state import Arrays, SavedRun, read_saved_run
 
 LAST, PREVIOUS, BEST, CONFIG = "last.h5", "previous.h5", "best.h5", "config.toml"
 # What a run writes, in the order in which it is moved aside. A move that is cut short leaves --resume the earlier run,
 # as it was, or nothing: never an older checkpoint of it. Where config.toml has come, the move was completed.
 WRITTEN = (PREVIOUS, LAST, BEST, METRICS, CONFIG)
 
-Saved = tuple[Path, Arrays, dict[str, Any]]  # a checkpoint: where it is, its arrays, its attributes
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of training: where it is, its arrays, and what it says of the run."""
+
+    path: Path
+    arrays: Arrays
+    run: SavedRun
 
 
 class RunFolder:
@@ -105,23 +113,23 @@ def find_checkpoint(resume: str, folder: Path, say: Say) -> Saved | None:
     """
     with as_user_errors():
         if resume != "auto":
-            found: Saved | None = (Path(resume), *checkpoint.load(resume))
-        else:
-            found = _newest(folder, say)
+            return _load(Path(resume))
+        found = _newest(folder, say)
     if found is None:
         say(f"--resume: no checkpoint in {folder} yet: starting from the beginning")
-        return None
-    missing = {"config", "step", "epoch_counts", "best_test_acc", "data_sha256", "data_source"} - set(found[2])
-    if missing:
-        raise UserError(f"{found[0]}: not a checkpoint of cnnmpi.train: it lacks {', '.join(sorted(missing))}")
     return found
+
+
+def _load(path: Path) -> Saved:
+    arrays, attributes = checkpoint.load(path)
+    return Saved(path, arrays, read_saved_run(path, attributes))
 
 
 def _newest(folder: Path, say: Say) -> Saved | None:
     present = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     for path in present:
         try:
-            return path, *checkpoint.load(path)
+            return _load(path)
         except CheckpointError as error:
             say(f"warning: {error}")
     if present:
