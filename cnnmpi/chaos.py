@@ -197,7 +197,7 @@ def result_of(outcome: Outcome, out: Path) -> str | None:
     saved = find_checkpoint("auto", out, lambda text: None) if "done: test_acc=" in outcome.output else None
     if saved is None:
         return None
-    weights = {name.removeprefix("model/"): array for name, array in saved[1].items() if name.startswith("model/")}
+    weights = {name.removeprefix("model/"): array for name, array in saved.arrays.items() if name.startswith("model/")}
     return weights_digest(weights)
 
 
