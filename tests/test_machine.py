@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import threadpoolctl
 
 from cnnmpi import functional, machine
+from cnnmpi.functional.blocks import share_out
 from cnnmpi.machine import Allowance, allowance, cores_of, one_blas_thread, usable_cores
 
 # -- cores -------------------------------------------------------------------------------------------------------------
@@ -134,6 +136,33 @@ def test_threads_that_are_inside_at_the_same_time_leave_it_as_it_was(three_threa
     leave.set()
     thread.join()
     assert blas_threads() == {3}
+
+
+class ForEachThread(threading.local):
+    """A library whose limit is each thread's own, as MKL's and that of OpenBLAS with OpenMP."""
+
+    threads = 5
+
+    def get_num_threads(self):
+        return self.threads
+
+    def set_num_threads(self, threads):
+        self.threads = threads
+
+
+def test_a_limit_for_each_thread_is_set_on_all_threads_of_ours(monkeypatch):
+    library = ForEachThread()
+    monkeypatch.setattr(machine, "_libraries", lambda: ([], [library]))
+    seen, together = [], threading.Barrier(2)
+
+    def body(item):
+        together.wait(60)  # each thread gets an item
+        seen.append(library.threads)
+
+    with ThreadPoolExecutor(1) as pool:
+        one_blas_thread()(lambda: share_out([0, 1], [body, body], pool))()
+        assert seen == [1, 1]
+        assert library.threads == pool.submit(library.get_num_threads).result() == 5
 
 
 def test_a_process_needs_at_least_one_thread():

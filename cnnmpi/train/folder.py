@@ -93,10 +93,13 @@ class RunFolder:
         names = {path.name for path in there}
         for number in itertools.count(1):
             aside = self.path / f"old-{number}"
-            if not aside.exists():
+            try:
                 aside.mkdir()
-            elif not aside.is_dir() or not {path.name for path in aside.iterdir()} <= {*WRITTEN} - names - {CONFIG}:
-                continue  # taken, by what is no beginning of this move
+            except FileExistsError:  # somebody's, or another run's, unless it is the beginning of this very move
+                if aside.is_symlink() or not aside.is_dir():
+                    continue
+                if not {path.name for path in aside.iterdir()} <= {*WRITTEN} - names - {CONFIG}:
+                    continue
             break
         for path in there:
             path.rename(aside / path.name)
