@@ -3,6 +3,11 @@
 The number of ranks changes the time, never the result. Start with ``cnnmpi.train``, or build from the layers here.
 """
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("cnnmpi runs on Linux, not on Windows: install it in the Windows Subsystem for Linux (WSL 2)")
+
 from cnnmpi.data import DataLoader, load_cifar10
 from cnnmpi.functional import cross_entropy_loss
 from cnnmpi.layers import (

@@ -25,6 +25,7 @@ from typing import ClassVar
 import psutil
 import tyro
 
+from cnnmpi.checkpoint import weights_digest
 from cnnmpi.console import command, table
 from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import UserError
@@ -149,8 +150,8 @@ class Arena:
         words += [f"--{name}={value}" for name, value in settings.items()]
         started = time.monotonic()
         job = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env=os.environ | {MARK: self.mark},
+            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True, env=os.environ | {MARK: self.mark},
         )  # fmt: skip
         try:
             output, _ = job.communicate(timeout=JOB_S)
@@ -188,19 +189,22 @@ NO_FAULT = Fault("none", "nowhere", 0, 0, 0)
 def step_of(out: Path) -> int:
     """Return the step of the newest good checkpoint; 0 where there is none yet."""
     saved = find_checkpoint("auto", out, lambda text: None)
-    return int(saved[2]["step"]) if saved else 0
+    return saved.run.step if saved else 0
 
 
-def result_of(outcome: Outcome) -> str | None:
-    """Return the digest that a complete run printed; None of one that was not completed."""
-    lines = [line for line in outcome.output.splitlines() if line.startswith("done: ")]
-    return lines[-1].rpartition("weights_sha256=")[2] if lines else None
+def result_of(outcome: Outcome, out: Path) -> str | None:
+    """Return the digest of the weights that a complete run has left in ``out``; None of one that was not completed."""
+    saved = find_checkpoint("auto", out, lambda text: None) if "done: test_acc=" in outcome.output else None
+    if saved is None:
+        return None
+    weights = {name.removeprefix("model/"): array for name, array in saved.arrays.items() if name.startswith("model/")}
+    return weights_digest(weights)
 
 
 def undisturbed(arena: Arena, out: Path, ranks: int) -> str:
     """Return the digest in which the run in ``out`` ends if nothing strikes it any more. Raises UserError."""
     outcome = arena.run(out, ranks, NO_FAULT)
-    result = result_of(outcome)
+    result = result_of(outcome, out)
     if outcome.code or result is None:
         raise UserError(f"a run that nothing struck ended with code {outcome.code}:\n{outcome.output[-3000:]}")
     return result
@@ -227,7 +231,7 @@ def chaos(config: Chaos) -> int:
                 first = step_of(out) if out.exists() else 0
                 fault = dataclasses.replace(fault, step=first + fault.step)
                 outcome = arena.run(out, ranks, fault)
-                result = result_of(outcome)
+                result = result_of(outcome, out)
                 if outcome.code:  # otherwise the run was over before the fault
                     inflicted += 1
                     row = (inflicted, ranks, fault.kind, fault.rank, fault.place, first, outcome.code)

@@ -5,11 +5,12 @@ import functools
 import os
 import shutil
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from rich.cells import cell_len
+
+from cnnmpi.common.text import printable as printable
 
 Main = TypeVar("Main", bound=Callable[..., int])
 
@@ -67,16 +68,6 @@ def complain(program: str, text: object) -> None:
     """Print one line of error, as far as that is possible."""
     with contextlib.suppress(OSError):
         print(f"{program}: error: {printable(text)}", file=sys.stderr)
-
-
-def printable(text: object) -> str:
-    """Return ``text`` in one line, with escapes for control characters, which a terminal may obey, and surrogates."""
-    text = str(text)
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 def is_terminal(stream: Any) -> bool:

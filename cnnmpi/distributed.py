@@ -7,25 +7,47 @@ grads, statistics, counts = reducer.reduce()       # the sums over all shards: e
 """
 
 import contextlib
+import fcntl
+import functools
 import hashlib
+import math
 import os
 import socket
 import stat
 import sys
+import termios
 import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from cnnmpi.machine import (
+    SHARED_MEMORY,
+    allowance,
+    cores_of,
+    create_shared,
+    free_mib,
+    open_shared,
+    shared_folders,
+)
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Result = TypeVar("Result")
 
-# what launchers tell each process they start: how many there are
-LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+# What launchers tell each process they start: how many there are. mpirun under SLURM starts its own helpers by srun,
+# one a host, so SLURM's number counts only where no mpirun has given one.
+MPIRUN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+SLURM_SIZE = "SLURM_STEP_NUM_TASKS"  # of srun; SLURM_NTASKS is set as well where nothing but a shell was started
+MPIRUN_LOCAL_SIZES = ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+MPIRUN_LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+# Of /dev/shm, for MPICH's own buffers: measured with 2 to 12 ranks of MPICH 5; with less it may crash in MPI_Init.
+MPI_MIB, MPI_MIB_A_RANK = 16, 6
+SPEAK_S = 5.0  # how long the last words of a job may take
 ARRIVE_S = 2.0  # how long a rank with an error waits for the others to come with the same one
 READ_S = 2.0  # how long a rank waits before it aborts until the launcher has read what it said
 IDLE_S = 2e-4  # between two looks at a reduction under way, where ranks share cores
@@ -68,10 +90,8 @@ class Ranks:
         self.node = comm.Split_type(mpi.COMM_TYPE_SHARED) if comm else None
         self.local_rank: int = self.node.Get_rank() if self.node else 0
         self.local_size: int = self.node.Get_size() if self.node else 1
-        # mpirun may bind every rank to a core of its own: then the ranks' sets are added up
-        self.cores_on_node = len(set().union(*self.gather_node(_affinity())))
+        self.cores_on_node = cores_of(self.gather_node(allowance()))
         self.oversubscribed = self.local_size > self.cores_on_node
-        self._windows: list[Any] = []  # keep shared memory alive
         self.aside: Any = comm.Dup() if comm else None  # for messages that must not meet those of the training
 
     # -- objects: small things, by pickle ----------------------------------------------------------------------------
@@ -166,23 +186,31 @@ class Ranks:
         return bool(count[0])
 
     def shared_array(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return one zeroed array that all ranks of this host share. Call on all of them, in the same order."""
+        """Return one zeroed array that all ranks of this host share. Call on all ranks, in the same order.
+
+        Each rank lets go of it as of any other array; with the last one the memory is free again. Raises UserError on
+        every rank where a host has no room for it.
+        """
         if self.node is None:
             return np.zeros(shape, dtype)
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        try:
-            window = self.mpi.Win.Allocate_shared(max(nbytes, 1) if self.local_rank == 0 else 0, 1, comm=self.node)
-        except self.mpi.Exception as error:
-            raise UserError(f"{nbytes >> 20} MiB of shared memory cannot be had ({error}): enlarge /dev/shm") from None
-        self._windows.append(window)
-        memory, _ = window.Shared_query(0)
-        return np.frombuffer(memory, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+        nbytes = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+        path, problem = self.on_node(lambda: _create_shared(nbytes))
+        memory = None
+        if path is not None:
+            try:
+                memory = open_shared(path, nbytes)
+            except OSError as error:
+                problem = f"{path} of the first rank of this host cannot be opened ({error.strerror}): let all see it"
+        problems = [problem for problem in self.gather(problem and f"{socket.gethostname()}: {problem}") if problem]
+        if path is not None and self.local_rank == 0:
+            path.unlink()  # all that wanted to have opened it
+        if problems or memory is None:
+            raise UserError(problems[0])
+        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
     def node_barrier(self) -> None:
         """Wait until all ranks of this host are here, and see what they wrote into shared arrays."""
         if self.node is not None:
-            for window in self._windows:
-                window.Fence()
             self.node.Barrier()
 
     def all_arrive(self, seconds: float) -> bool:
@@ -201,13 +229,25 @@ class Ranks:
         return max(1, self.cores_on_node // self.local_size)
 
     def abort(self, code: int) -> NoReturn:
-        """End all ranks at once."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        """End all ranks at once, whatever becomes of their output."""
+        _in_time(_flush)
         if self.comm is not None and self.size > 1:
-            _wait_for_readers(READ_S)
-            self.comm.Abort(code)
+            with contextlib.suppress(Exception):
+                _wait_for_readers(READ_S)
+                self.comm.Abort(code)
         os._exit(code)
+
+
+def _create_shared(nbytes: int) -> tuple[Path | None, str]:
+    """Return the file to share, or why there is none."""
+    try:
+        return create_shared(nbytes), ""
+    except OSError as error:
+        rooms = ", ".join(f"{folder} ({free_mib(folder)} MiB free)" for folder in shared_folders())
+        return None, (
+            f"no room for {math.ceil(nbytes / (1 << 20))} MiB of data that the ranks share ({error.strerror}) in "
+            f"{rooms}: enlarge /dev/shm (docker run --shm-size=1g), or name a folder with more room in TMPDIR"
+        )
 
 
 def _wait_for_readers(seconds: float) -> None:
@@ -215,9 +255,6 @@ def _wait_for_readers(seconds: float) -> None:
 
     A launcher that hears of an abort throws away what it has not read yet, on a busy machine the whole explanation.
     """
-    import fcntl
-    import termios
-
     deadline = time.monotonic() + seconds
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # it is closed
@@ -225,10 +262,6 @@ def _wait_for_readers(seconds: float) -> None:
                 if not int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder):
                     break
                 time.sleep(IDLE_S)
-
-
-def _affinity() -> frozenset[int]:
-    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 # -- start and end -----------------------------------------------------------------------------------------------------
@@ -239,8 +272,9 @@ def start() -> Ranks:
 
     Raises UserError where a launcher started several processes that do not find each other.
     """
-    told = {name: int(os.environ[name]) for name in LAUNCHER_SIZES if os.environ.get(name, "").isdigit()}
+    told = launched()
     expected = max(told.values(), default=1)
+    _warn_of_little_shared_memory()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -258,9 +292,68 @@ def start() -> Ranks:
                 f"of {' '.join(MPI.Get_library_version().split()[:3])}: use the mpirun of the MPI that mpi4py uses"
             )
         return Ranks()
-    ranks = Ranks(MPI.COMM_WORLD, MPI)
+    ranks = _world(MPI)
     _install_hooks(ranks)
     return ranks
+
+
+@functools.cache
+def _world(mpi: Any) -> Ranks:
+    """Return all ranks; once, as MPI has a limited number of communicators."""
+    return Ranks(mpi.COMM_WORLD, mpi)
+
+
+def launched() -> dict[str, int]:
+    """Return what the launcher, if there was one, says of the number of processes: {variable: number}."""
+    told = {name: int(os.environ[name]) for name in MPIRUN_SIZES if os.environ.get(name, "").isdigit()}
+    slurm = os.environ.get(SLURM_SIZE, "")
+    return told or ({SLURM_SIZE: int(slurm)} if slurm.isdigit() and int(slurm) > 1 else {})
+
+
+def little_shared_memory(ranks: int) -> str:
+    """Return what is to be done where ``ranks`` of MPI may crash for lack of shared memory; "" where all is well.
+
+    They do so without a word when their own buffers find no room.
+    """
+    needed = MPI_MIB + MPI_MIB_A_RANK * ranks
+    with contextlib.suppress(OSError):
+        if (free := free_mib(SHARED_MEMORY)) < needed:
+            return (
+                f"{SHARED_MEMORY} has {free} MiB free, but MPI may need {needed} for {ranks} ranks: if they crash at "
+                "the start (bus error, segmentation fault), enlarge it: docker run --shm-size=1g"
+            )
+    return ""
+
+
+def _warn_of_little_shared_memory() -> None:
+    """Say it once on each host where several ranks start."""
+    ranks = next((int(value) for name in MPIRUN_LOCAL_SIZES if (value := os.environ.get(name, "")).isdigit()), 1)
+    first = next((os.environ[name] for name in MPIRUN_LOCAL_RANKS if name in os.environ), "0") == "0"
+    if ranks > 1 and first and (problem := little_shared_memory(ranks)):
+        say(f"cnnmpi: warning: {problem}")
+        _wait_for_readers(READ_S)  # a launcher whose ranks crash throws away what it has not read yet
+
+
+def say(text: str) -> None:
+    """Print a line to standard error at once, or not at all: where nobody hears, the job does not end for that."""
+    with contextlib.suppress(Exception):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # full, closed, a broken pipe, None, or something without flush()
+            stream.flush()
+
+
+def _in_time(speak: Callable[[], None]) -> None:
+    """Call ``speak``, but do not wait long for it: a pipe that nobody reads lets nobody write."""
+    thread = threading.Thread(target=speak, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter ends and makes no more threads
+        return
+    thread.join(SPEAK_S)
 
 
 def _install_hooks(ranks: Ranks) -> None:
@@ -285,13 +378,16 @@ def exit_code(error: BaseException) -> int:
 
 def _explain(ranks: Ranks, error: BaseException) -> None:
     who = f"rank {ranks.rank} of {ranks.size} on {socket.gethostname()}" if ranks.size > 1 else "cnnmpi"
-    if isinstance(error, UserError):
-        print(f"cnnmpi: error: {error}", file=sys.stderr)
-    elif isinstance(error, SystemExit | RemoteError):
-        print(f"{who}: ended by {error!r}", file=sys.stderr)
-    else:
-        print(f"{who}:\n{''.join(traceback.format_exception(error))}", end="", file=sys.stderr)
-    sys.stderr.flush()
+
+    def speak() -> None:
+        if isinstance(error, UserError):
+            say(f"cnnmpi: error: {error}")
+        elif isinstance(error, SystemExit | RemoteError):
+            say(f"{who}: ended by {error!r}")
+        else:
+            say(f"{who}:\n{''.join(traceback.format_exception(error)).rstrip()}")
+
+    _in_time(speak)
 
 
 @contextlib.contextmanager

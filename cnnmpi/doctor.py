@@ -4,7 +4,6 @@ python -m cnnmpi.doctor                      # this machine, and whether mpirun 
 mpirun -n 4 python -m cnnmpi.doctor          # the ranks as they will run
 """
 
-import contextlib
 import fcntl
 import os
 import shutil
@@ -25,14 +24,17 @@ import tyro
 from cnnmpi import console
 from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
 from cnnmpi.data import DataError, find_data, read_hdf5
-from cnnmpi.distributed import LAUNCHER_SIZES, Ranks, UserError, failing_together, start
+from cnnmpi.distributed import Ranks, UserError, failing_together, launched, little_shared_memory, start
+from cnnmpi.machine import allowance, free_mib, shared_folders
 from cnnmpi.models import MODELS
+from cnnmpi.train.config import DEFAULTS
 
 MIB = 1 << 20
 CHECKPOINTS = 4  # last, previous, best, and the one being written
 SLOW_SYNC_S = 1.0
 RANK_MIB = 600  # Python, NumPy and a SmallResNet step, generously
-ALONE = "from mpi4py import MPI; c = MPI.COMM_WORLD; print('size', c.Get_size())"
+LONELY = 41  # exit code of a rank that finds no other: what two of them print may be mixed
+MEET = f"import sys; from mpi4py import MPI; sys.exit(MPI.COMM_WORLD.Get_size() != 2 and {LONELY})"
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,25 @@ def check_mpirun(mpirun: str) -> Finding:
     """Start two processes, which must find each other."""
     if shutil.which(mpirun) is None:
         return Finding(f"{mpirun}: no such command", "pip install 'cnnmpi[mpich]' brings one; single processes work")
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_SIZES}
     allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    command = [mpirun, "-n", "2", sys.executable, "-c", ALONE]
     try:
-        result = subprocess.run(command, env=environment | allow, capture_output=True, text=True, timeout=60)
+        result = _run([mpirun, "-n", "2", sys.executable, "-c", MEET], os.environ | allow)
     except subprocess.TimeoutExpired:
         return Finding("two ranks did not start within 60 s", "check that this host can reach itself by its own name")
-    sizes = result.stdout.split("size")[1:]
-    if result.returncode or not sizes:
-        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        return Finding(f"{mpirun} -n 2 failed: {reason}", "pip install mpi4py, and an MPI: 'cnnmpi[mpich]'")
-    if any(size.strip() != "2" for size in sizes):
+    except OSError as error:
+        return Finding(f"{mpirun} cannot be started: {error.strerror}", "name another one with --mpirun")
+    if result.returncode == LONELY:
         return Finding("each of two processes is alone", "use the mpirun of the MPI that mpi4py was built for")
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        remedy = little_shared_memory(2) or "pip install mpi4py, and an MPI: 'cnnmpi[mpich]'"
+        return Finding(f"{mpirun} -n 2 failed: {reason}", remedy)
     return Finding(f"{shutil.which(mpirun)} and mpi4py work together")
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command for at most a minute; what it prints may be in any encoding."""
+    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=60)
 
 
 def check_ranks(ranks: Ranks) -> Finding:
@@ -84,15 +91,15 @@ def check_ranks(ranks: Ranks) -> Finding:
     return Finding(text)
 
 
-def check_quota() -> Finding:
-    """Compare the cores of this process with what its control group grants."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        granted = int(quota) / int(period)
-        if granted < cores:
-            return Finding(f"{cores} cores are seen, {granted:g} are granted", f"start {max(1, int(granted))} ranks")
-    return Finding(f"{cores} cores, {psutil.virtual_memory().available // MIB} MiB of memory free")
+def check_cores(ranks: Ranks) -> Finding:
+    """Count the cores that the ranks of rank 0's host may use, and say what becomes of more cores than shards."""
+    mine, cores, shards = allowance(), ranks.cores_on_node, DEFAULTS["shards"]
+    text = f"{cores} core{'s' * (cores > 1)}"
+    if mine.quota < len(mine.cores):
+        text += f": {len(mine.cores)} are seen, of whose time {mine.group} grants {mine.quota:g}"
+    if cores > shards:
+        text += f"; by default up to {shards} ranks (--shards {shards}), whose threads use the others"
+    return Finding(text)
 
 
 def check_threads(ranks: Ranks) -> Finding:
@@ -125,11 +132,14 @@ def check_blas(ranks: Ranks) -> Finding:
 
 def check_torch() -> Finding:
     """Tell what PyTorch could do; in a process of its own, as its import is slow and may crash."""
-    code = "import torch; print(torch.__version__, torch.cuda.device_count())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    code = "import torch; print('', torch.__version__, torch.cuda.device_count(), sep='\\n')"
+    try:
+        result = _run([sys.executable, "-c", code], dict(os.environ))
+    except subprocess.TimeoutExpired:
+        return Finding("PyTorch takes more than 60 s to be imported", "leave --backend torch out until it works")
     if result.returncode:
         return Finding("PyTorch is not installed: --backend torch is not available, all else is")
-    version, gpus = result.stdout.split()
+    version, gpus = result.stdout.splitlines()[-2:]
     return Finding(f"PyTorch {version}, {gpus} GPU{'s' * (gpus != '1')}")
 
 
@@ -180,10 +190,11 @@ def check_data(spec: str) -> Finding:
     except DataError as error:
         return Finding(str(error), "or let cnnmpi.train download CIFAR-10, with --data cifar10")
     size, digest = dataset.train_images.nbytes + dataset.test_images.nbytes, dataset.digest()
-    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else size
     text = f"{path}: {dataset.source}, {size // MIB} MiB, sha256 {digest}"
-    if shm < size:
-        return Finding(text, f"/dev/shm has {shm // MIB} MiB: enlarge it, ranks share the data there")
+    rooms = {folder: free_mib(folder) for folder in shared_folders()}
+    if max(rooms.values(), default=0) <= size // MIB:
+        where = ", ".join(f"{folder} ({free} MiB free)" for folder, free in rooms.items())
+        return Finding(text, f"ranks share the data in {where}: enlarge it, or name another folder in TMPDIR")
     return Finding(text)
 
 
@@ -203,7 +214,7 @@ def checks(config: Doctor, ranks: Ranks) -> Iterator[tuple[str, Finding]]:
         return ranks.on_rank0(lambda: check(*arguments))
 
     yield "ranks", check_ranks(ranks)
-    yield "cores", alone(check_quota)
+    yield "cores", check_cores(ranks)
     yield "memory", check_memory(ranks)
     yield "watchdog", check_threads(ranks)
     yield "BLAS", check_blas(ranks)
@@ -228,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each check. Returns 0 if all are well, 1 if something needs a remedy, 2 for bad arguments."""
     console.prepare()
     wrong, config = 0, None
-    if not any(name in os.environ for name in LAUNCHER_SIZES):  # not under mpirun; no subprocess once MPI has begun
+    if not launched():  # not under mpirun; no subprocess once MPI has begun
         config = parse(argv)
         wrong += show("mpirun", check_mpirun(config.mpirun)) + show("torch", check_torch())
     try:

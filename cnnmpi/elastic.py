@@ -6,7 +6,7 @@ python -m cnnmpi.elastic --hosts launch/hosts.txt --min-ranks 4 -- --out runs/a 
 What follows ``--`` is for cnnmpi.train. The result is that of an undisturbed run, to the bit.
 """
 
-import os
+import contextlib
 import re
 import shlex
 import shutil
@@ -25,9 +25,12 @@ import tyro
 
 from cnnmpi import console
 from cnnmpi.distributed import UserError
+from cnnmpi.machine import usable_cores
+from cnnmpi.train.config import continued, parse, resolve
+from cnnmpi.train.folder import find_checkpoint
 
 FINAL = {0: "done", 2: "refused", 75: "stopped on request, with a checkpoint", 130: "interrupted"}
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Elastic:
     """Run cnnmpi.train under mpirun until it is done, on the hosts that still answer."""
 
     ranks: int = 0
-    """Ranks to start; 0 takes the sum of the hosts' slots, or one a core without --hosts."""
+    """Ranks to start; 0 takes one for each slot of the hosts, or core of this one, up to the shards of the run."""
     hosts: Path | None = None
     """A list of hosts, one a line: "name:slots" or "name slots=slots"."""
     min_ranks: int = 1
@@ -92,12 +95,32 @@ def launcher(config: Elastic, ranks: int, hosts: dict[str, int], folder: Path) -
         raise UserError(f"--mpirun {config.mpirun}: no such command; pip install 'cnnmpi[mpich]' brings mpirun")
     command += ["-n", str(ranks)]
     if hosts:
-        version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60).stdout
+        try:
+            asked = subprocess.run([command[0], "--version"], capture_output=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UserError(f"--mpirun {config.mpirun}: does not say what it is: {error}") from None
+        version = asked.stdout.decode(errors="replace")
         open_mpi = "open" in version.lower() or "prte" in version.lower()
         path = folder / "hosts"
         path.write_text("".join(f"{h} slots={n}\n" if open_mpi else f"{h}:{n}\n" for h, n in hosts.items()))
         command += ["--hostfile" if open_mpi else "-f", str(path)]
     return command
+
+
+def shards_of(arguments: Sequence[str]) -> int:
+    """Return how many ranks at most can share the run that ``arguments`` of cnnmpi.train start or resume: its shards.
+
+    Raises UserError or SystemExit(2) for a command line that cnnmpi.train would refuse.
+    """
+    asked = parse(arguments)
+    config = resolve(asked)
+    saved = find_checkpoint(config.resume, config.out or Path(), lambda text: None) if config.resume else None
+    return (continued(asked, saved.run.config, saved.path) if saved else config).shards or 1
+
+
+def passed_on(number: int) -> int:
+    """Return the signal that mpirun gets for this one: MPICH's dies of SIGHUP, and kills its ranks."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 def supervise(config: Elastic, arguments: Sequence[str]) -> int:
@@ -109,26 +132,32 @@ def supervise(config: Elastic, arguments: Sequence[str]) -> int:
     def forward(number: int, frame: Any) -> None:
         asked.append(number)
         if job is not None:
-            job.send_signal(number)
+            job.send_signal(passed_on(number))
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    resumed = ["--resume", "auto", *arguments]
+    shards = config.ranks or shards_of(resumed)
+    heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    previous = {number: signal.signal(number, forward) for number in heeded}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for restart in range(config.max_restarts + 1):
                 hosts = answering(listed, config.probe) if listed else {}
                 for host in set(listed) - set(hosts):
                     _say(f"{host} does not answer: going on without it")
-                slots = sum(hosts.values()) if listed else os.cpu_count() or 1
-                ranks = min(config.ranks, slots) if config.ranks and listed else config.ranks or slots
+                slots = sum(hosts.values()) if listed else usable_cores()
+                ranks = min(config.ranks, slots) if config.ranks and listed else config.ranks or min(slots, shards)
                 if ranks < max(1, config.min_ranks):
                     raise UserError(f"only {ranks} ranks can be started, --min-ranks is {config.min_ranks}")
                 start = launcher(config, ranks, hosts, Path(folder))
-                job = subprocess.Popen(
-                    [*start, sys.executable, "-m", "cnnmpi.train", "--resume", "auto", *arguments],
-                    start_new_session=True,  # Ctrl-C reaches it once, through forward()
-                )
+                try:
+                    job = subprocess.Popen(
+                        [*start, sys.executable, "-m", "cnnmpi.train", *resumed],
+                        start_new_session=True,  # Ctrl-C reaches it once, through forward()
+                    )
+                except OSError as error:
+                    raise UserError(f"--mpirun {config.mpirun}: cannot be started: {error.strerror}") from None
                 if asked:  # before there was a job
-                    job.send_signal(asked[-1])
+                    job.send_signal(passed_on(asked[-1]))
                 code = job.wait()
                 if code in FINAL or asked:
                     _say(f"{FINAL.get(code, f'ended with code {code} after a signal')}; {restart} restarts")
@@ -142,7 +171,8 @@ def supervise(config: Elastic, arguments: Sequence[str]) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"cnnmpi.elastic: {text}", flush=True)
+    with contextlib.suppress(Exception):  # a run goes on where nobody hears
+        print(f"cnnmpi.elastic: {text}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cnnmpi import functional
 from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, start
 from tests.jobs import command, digest, run
 
 os.environ.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
 os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-functional.set_threads(1)  # equal bits need a single-threaded BLAS
 
 excepthook = sys.excepthook
 RANKS = start()

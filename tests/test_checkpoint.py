@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,10 @@ def test_digest_sees_name_shape_dtype_and_every_bit(other: dict[str, Any]) -> No
         ({}, {"model": "a\0"}, "model"),
         ({}, {"mean": [1.0, "2"]}, "mean"),
         ({}, {"step": 2**70}, "cannot be stored"),
-        ({}, {"classes": ["x" * 70000]}, "cannot be stored"),
+        ({}, {"classes": ["x" * 70000, *["y"] * 2000]}, "2001 texts of up to 70000 bytes.*shorten the longest"),
+        ({"attributes/w": np.zeros(3)}, {}, "attributes/w"),
+        ({"/".join("a" * 501): np.zeros(3)}, {}, "at most 1000 characters"),
+        ({}, {"a//b": "x" * 70000}, "a//b"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(
@@ -222,7 +226,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    ("version", "said"), [(2, "version is 2.*update"), (None, "missing"), (0, "no version"), (1.5, "no version")]
+    ("version", "said"), [(3, "version is 3.*update"), (None, "missing"), (0, "no version"), (1.5, "no version")]
 )
 def test_other_versions_are_refused(tmp_path: Path, version: Any, said: str) -> None:
     path = craft(tmp_path / "a.h5", lambda root: root.create_dataset("w", data=np.zeros(3)), version)
@@ -285,6 +289,83 @@ def test_crafted_but_harmless_content_is_read(tmp_path: Path) -> None:
     arrays, attributes = load(path)
     assert arrays["model/w"].tolist() == [1.0] * 3
     assert attributes == {"format_version": 1}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("free", [0, 2**64 - 8, 5000])
+def test_a_malformed_heap_keeps_nobody_waiting(tmp_path: Path, free: int) -> None:
+    """libhdf5 looks into the heap when it opens a virtual dataset, and never returns from free space of size 0."""
+    contents = bytearray(craft(tmp_path / "a.h5", virtual).read_bytes()[512:])
+    at = contents.index(b"GCOL") + 16
+    contents[at : at + 2], contents[at + 8 : at + 16] = bytes(2), free.to_bytes(8, "little")
+    (tmp_path / "a.h5").write_bytes(seal(bytes(contents)))
+    assert "virtual" in error_of(tmp_path / "a.h5")
+
+
+@pytest.mark.fault
+def test_what_is_no_checkpoint_is_refused_after_its_first_bytes(tmp_path: Path) -> None:
+    assert "not a cnnmpi checkpoint" in error_of(Path("/dev/zero"))  # of which there is no end
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    assert "not a cnnmpi checkpoint" in error_of(tmp_path / "large")
+
+
+@pytest.mark.fault
+def test_names_that_are_too_long_or_too_deep_are_refused(tmp_path: Path) -> None:
+    for name in ("x" * 1001, "/".join("x" * 600)):
+        path = craft(tmp_path / "a.h5", lambda root, name=name: root.create_dataset(name, data=np.zeros(1)))
+        assert "no name that a checkpoint has" in error_of(path)
+
+
+# --- attributes that are too large for HDF5 ---
+
+
+@pytest.mark.parametrize("count", [1000, 100_000])
+def test_attributes_of_any_size_come_back(tmp_path: Path, count: int) -> None:
+    attributes = {
+        "classes": [f"{i} ".ljust(66, "ö") for i in range(count)],
+        "config": json.dumps({"note": "größer " * 20_000}),
+        "mean": [i / 7 for i in range(10_000)],
+        "a/b": "x" * 70_000,
+        "step": 3,
+    }
+    path = tmp_path / "a.h5"
+    save(path, {"model/w": np.ones(3)}, attributes)
+    arrays, read = load(path)
+    assert list(arrays) == ["model/w"]
+    assert read == {**attributes, "format_version": 2}
+    with h5py.File(path) as root:  # as any program reads them
+        assert sorted(root.attrs) == ["format_version", "step"]
+        assert root["attributes/classes"][count - 1].decode() == attributes["classes"][-1]
+    save(tmp_path / "b.h5", arrays, read)
+    assert (tmp_path / "b.h5").read_bytes() == path.read_bytes()
+    assert main(["diff", str(path), str(tmp_path / "b.h5")]) == 0
+
+
+def test_only_large_attributes_need_the_second_version(tmp_path: Path) -> None:
+    for size in (59_000, 61_000):
+        save(tmp_path / "a.h5", {}, {"note": "x" * size})
+        assert load(tmp_path / "a.h5")[1] == {"note": "x" * size, "format_version": 1 + (size > 60_000)}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (np.array(["a", "b"], "S"), None),
+        (np.array([["a", "b"]], "S"), "holds"),
+        (np.zeros(2, "f4,f8"), "holds"),
+        ("text of variable length", "holds"),
+    ],
+)
+def test_a_group_of_attributes_holds_texts_and_numbers(tmp_path: Path, data: Any, said: str | None) -> None:
+    path = craft(tmp_path / "a.h5", lambda root: root.create_dataset("attributes/x", data=data), 2)
+    if said:
+        assert said in error_of(path)
+    else:
+        assert load(path) == ({}, {"format_version": 2, "x": ["a", "b"]})
+    one = craft(tmp_path / "a.h5", lambda root: root.create_dataset("attributes/x", data=np.ones(2)))
+    assert list(load(one)[0]) == ["attributes/x"], "in the first version it was a name like any other"
 
 
 # --- a write that fails leaves the old file ---
@@ -357,6 +438,26 @@ def test_a_directory_that_cannot_be_synced_holds_the_new_file(
     assert calls == 2
     assert path.read_bytes() == b"new"
     assert listing(tmp_path) == ["last.h5"]
+
+
+@pytest.mark.fault
+def test_file_and_folder_reach_the_disk_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    write, fsync, replace = os.write, os.fsync, os.replace
+
+    def note(event: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        events.append(event)
+        return function(*arguments)
+
+    def synced(descriptor: int) -> None:
+        note("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file", fsync, descriptor)
+
+    small(tmp_path / "last.h5")
+    monkeypatch.setattr(os, "write", lambda *arguments: note("write", write, *arguments))
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *arguments: note("rename", replace, *arguments))
+    save(tmp_path / "last.h5", {}, {}, keep=tmp_path / "previous.h5")
+    assert events == ["write", "sync file", "rename", "rename", "sync folder"]
 
 
 @pytest.mark.fault

@@ -1,11 +1,15 @@
 """Archives, HDF5 files, synthetic images, the rule of --data, augmentation and the loader."""
 
+import dataclasses
 import gzip
 import io
 import os
 import pickle
+import stat
 import sys
 import tarfile
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import h5py
@@ -20,6 +24,7 @@ from cnnmpi.data import (
     find_data,
     load_cifar10,
     normalize,
+    pickled,
     random_crop,
     random_horizontal_flip,
     read_archive,
@@ -29,8 +34,10 @@ from cnnmpi.data import (
     write_hdf5,
 )
 from cnnmpi.data import __main__ as command
+from cnnmpi.data import archive as archive_module
 from cnnmpi.data import find as find_module
 from cnnmpi.data.archive import LAYOUTS
+from cnnmpi.data.dataset import BLOCK
 from cnnmpi.data.download import DownloadError
 
 NAMES = {10: [f"class {i}" for i in range(10)], 100: [f"fine {i}" for i in range(100)]}
@@ -215,6 +222,135 @@ def test_damaged_members_are_refused_by_name(tmp_path):
             read_archive(tmp_path / name)
 
 
+def one_line(path):
+    """The one line with which an archive is refused."""
+    with pytest.raises(DataError) as caught:
+        read_archive(path)
+    assert str(path) in str(caught.value) and str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def header_of(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (header_of("unwanted", 1 << 40), "unpacks to more than"),
+        (header_of("cifar/data_batch_1", 1 << 40), "claims 1099511627776 bytes"),
+        (header_of("long", 1 << 28, tarfile.GNUTYPE_LONGNAME) + bytes(1 << 20), "claims a header of 268435456 bytes"),
+        (header_of("pax", 1 << 28, tarfile.XHDTYPE) + bytes(1 << 20), "claims a header of 268435456 bytes"),
+        (header_of("pax", 1 << 28, tarfile.XGLTYPE) + bytes(1 << 20), "claims a header of 268435456 bytes"),
+        (header_of("x", 0) * 1001, "more than 1000 members"),
+        (header_of("two\nlines", 0, tarfile.SYMTYPE), r"two\\nlines' is a link"),
+        (header_of("sparse", 0, tarfile.GNUTYPE_SPARSE) + bytes(1024), "sparse is a link or a device"),
+    ],
+    ids=["skipped", "wanted", "long name", "pax", "global pax", "members", "name", "sparse"],
+)
+def test_an_archive_that_claims_more_than_any_official_one_is_refused(tmp_path, monkeypatch, content, match, packed):
+    path = tmp_path / "a.tar"
+    monkeypatch.setattr(archive_module, "MOST_MEMBERS", 1000)  # instead of 10,000, which take their time to write
+    content += bytes(1024)
+    path.write_bytes(gzip.compress(content) if packed else content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=match):
+        read_archive(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "\n" not in one_line(path) and peak < 8 << 20, "a thousand members take 2 MB, pieces and buffers 3 MB"
+
+
+@pytest.mark.fault
+def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar.gz"
+    monkeypatch.setattr(archive_module, "LARGEST", 32 << 20)  # instead of 512 MB, to be quick
+    with gzip.open(path, "wb", 1) as file:  # zeros that nobody asked for
+        file.write(header_of("unwanted", 40 << 20))
+        for _ in range(40):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    assert "unpacks to more than" in one_line(path)
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
+class Pickled:
+    """An object whose pickle calls ``callee``, which is looked up by its name."""
+
+    def __init__(self, callee, arguments):
+        self.callee, self.arguments = callee, arguments
+
+    def __reduce__(self):
+        return self.callee, self.arguments
+
+
+def nested(depth):
+    """A tuple of 2**depth leaves that takes as many steps to hash, in a pickle of some bytes a level."""
+    return b"\x80\x02})" + b"2\x86" * depth + b"K\x01s."
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (nested(60), "instruction DUP"),
+        (b"\x80\x02})q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"h\x00K\x01s.", "damaged pickle"),
+        (b"\x80\x02" + b"]" * 30_000 + b".", "more than 20000 instructions"),
+        (b"\x80\x02}r\xff\xff\xff\xff.", "expected 'data'"),  # a memo of four billion entries
+        (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.", "damaged pickle"),
+        (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.", "damaged pickle"),
+        (b"\x80\x04\x95" + (1 << 40).to_bytes(8, "little") + b"}.", "damaged pickle|expected 'data'"),
+        (pickle.dumps({"data": np.zeros((2, 3072)), "labels": [1, 2]}, 2), "another type than uint8"),
+        (pickle.dumps({"data": Pickled(np.ndarray, ((1 << 40,),)), "labels": [1, 2]}, 2), "damaged pickle"),
+        (pickle.dumps({"data": Pickled(np.zeros, ((1 << 40,),)), "labels": [1, 2]}, 2), "asks for numpy.zeros"),
+        (pickle.dumps({"data": Pickled(bytes, (1 << 40,)), "labels": [1, 2]}, 2), "asks for __builtin__.bytes"),
+        (b"\x80\x02cos\nsystem\n(S'true'\ntR.", "asks for os.system"),
+        (b"\x80\x02cnumpy\ndtype\n(S'u1'\ntb.", "damaged pickle|sets the state"),
+        (b"\x80\x02PX\n.", "instruction PERSID"),
+        (b"\x80\x02", "damaged pickle"),
+        (b".", "damaged pickle"),
+        (b"", "damaged pickle"),
+    ],
+)
+def test_a_pickle_that_asks_for_the_impossible_is_refused(tmp_path, monkeypatch, content, match):
+    monkeypatch.setattr(pickled, "MOST_STEPS", 20_000)  # instead of a million, to be quick
+    path = write_tar(tmp_path / "a.tar", PYTHON.folder, members_of(PYTHON, tiny()) | {"data_batch_4": content})
+    tracemalloc.start()
+    with pytest.raises(DataError, match=f"data_batch_4: .*({match})"):
+        read_archive(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20, "20,000 empty lists take 2 MB, the archive less than 1 MB"
+    one_line(path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_every_protocol_are_read(tmp_path, protocol):
+    wanted = tiny()
+    members = members_of(PYTHON, wanted)
+    for name, content in members.items():
+        members[name] = pickle.dumps(pickle.loads(content), protocol)
+    path = write_tar(tmp_path / "a.tar", PYTHON.folder, members)
+    if protocol == 5:  # NumPy then asks for a function of its own
+        assert "asks for numpy" in one_line(path)
+    else:
+        assert equal(read_archive(path), wanted)
+
+
+@pytest.mark.fault
+def test_an_archive_cut_off_anywhere_is_refused(tmp_path):
+    content = write_tar(tmp_path / "a.tar.gz", PYTHON.folder, members_of(PYTHON, tiny())).read_bytes()
+    path = tmp_path / "b.tar.gz"
+    for size in [0, 1, 2, 10, 18, *range(100, len(content) - 200, len(content) // 40)]:
+        path.write_bytes(content[:size])
+        one_line(path)
+
+
 # ---- HDF5
 
 
@@ -372,6 +508,291 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def small_file(path, classes=None, **how):
+    """A data file as another program may write it: 5 and 3 images of one channel and 4x4 pixels, 3 classes."""
+    dataset = tiny(5, 3, (1, 4, 4), 3)
+    with h5py.File(path, "w", **how) as file:
+        for name in ("train", "test"):
+            file[f"{name}/images"] = getattr(dataset, f"{name}_images")
+            file[f"{name}/labels"] = getattr(dataset, f"{name}_labels")
+        file.attrs["classes"] = ["cat", "größe", ""] if classes is None else classes
+        file.attrs["source"] = "somewhere"
+    return path
+
+
+def refusal(path):
+    """The one line with which a data file is refused."""
+    with pytest.raises(DataError) as caught:
+        read_hdf5(path)
+    assert str(caught.value).startswith(f"{path}: ") and str(caught.value).isprintable()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"libver": "latest"}, {"libver": "v108"}, {"userblock_size": 1024}, {"libver": "latest", "track_order": True}],
+)
+def test_names_of_variable_length_are_read(tmp_path, how):
+    read = read_hdf5(small_file(tmp_path / "d.h5", **how))
+    assert read.classes == ("cat", "größe", "") and read.source == "somewhere" and read.sha256 == ""
+    assert equal(read, tiny(5, 3, (1, 4, 4), 3))
+    names = [f"class {i} " + "x" * (i % 50) for i in range(3000)]  # a heap of many collections
+    assert read_hdf5(small_file(tmp_path / "d.h5", names, **how)).classes == tuple(names)
+    with h5py.File(tmp_path / "d.h5", "r+") as file:
+        file["train/labels"][...] = file["test/labels"][...] = 0
+        file.attrs["classes"] = "all"
+    assert read_hdf5(tmp_path / "d.h5").classes == ("all",)
+
+
+def test_dense_storage_of_names_is_refused_with_the_remedy(tmp_path):
+    path = small_file(tmp_path / "d.h5", libver="latest")
+    with h5py.File(path, "r+", libver="latest") as file:
+        for i in range(20):
+            file.attrs[f"extra {i}"] = i
+    assert "fixed length" in refusal(path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["classes"] = np.array(["a", "b", "c"], dtype="S")  # as the message says
+        file.attrs["source"] = np.array("s", dtype="S")
+    assert read_hdf5(path).classes == ("a", "b", "c")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("virtual", [False, True])
+def test_a_malformed_heap_is_refused_and_keeps_nobody_waiting(tmp_path, virtual):
+    path = small_file(tmp_path / "d.h5")
+    if virtual:
+        with h5py.File(path, "r+") as file:
+            file.attrs["classes"] = np.array(["a", "b", "c"], dtype="S")
+            del file.attrs["source"], file["test/images"]
+            layout = h5py.VirtualLayout((3, 1, 4, 4), np.uint8)
+            layout[:] = h5py.VirtualSource("other.h5", "x", (3, 1, 4, 4))
+            file.create_virtual_dataset("test/images", layout)
+    content = path.read_bytes()
+    for start in [at for at in range(len(content)) if content[at : at + 4] == b"GCOL"]:
+        entry = start + 16
+        for value in (0, 1, 2**64 - 1, 2**64 - 8, 2**63, 5000):  # libhdf5 2.0 never returns from a free space of size 0
+            changed = bytearray(content)
+            changed[entry : entry + 2] = bytes(2)
+            changed[entry + 8 : entry + 16] = value.to_bytes(8, "little")
+            path.write_bytes(changed)
+            assert "classes" in refusal(path) or (virtual and "virtual dataset" in refusal(path))
+            changed[entry : entry + 2] = b"\1\0"
+            path.write_bytes(changed)
+            try:
+                read_hdf5(path)
+            except DataError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.fault
+def test_many_names_cannot_share_one_large_text(tmp_path):
+    large = "x" * 30_000
+    path = small_file(tmp_path / "d.h5", [large, *["y"] * 3000])
+    content = path.read_bytes()
+    at = content.index(len(large).to_bytes(4, "little"))  # its reference: length, address, index
+    path.write_bytes(content[: at + 16] + content[at : at + 16] * 3000 + content[at + 16 * 3001 :])
+    with h5py.File(path, "r") as file:  # 90 MB from 150 kB
+        assert path.stat().st_size < 200_000 and sum(map(len, file.attrs["classes"])) == 3001 * len(large)
+    assert "more bytes than the file holds" in refusal(path)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("classes", [1, 2], "classes must be a list of names"),
+        ("classes", np.zeros((2, 2)), "classes.*neither text"),
+        ("classes", h5py.Empty("S3"), "classes.*neither text"),
+        ("classes", np.zeros(0, "S1"), "classes must be a list of names"),
+        ("source", 3, "source and sha256 must be texts"),
+        ("sha256", ["a", "b"], "source and sha256 must be texts"),
+        ("source", np.zeros(2, "f4,f8"), "source.*neither text"),
+    ],
+)
+def test_attributes_of_another_kind_are_refused(tmp_path, name, value, match):
+    path = small_file(tmp_path / "d.h5")
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
+    with pytest.raises(DataError, match=match):
+        read_hdf5(path)
+
+
+def direct(content, mask=0):
+    """Replace the first chunk of the training images by ``content``."""
+
+    def change(file):
+        file["train/images"].id.write_direct_chunk((0, 0, 0, 0), content, mask)
+
+    return change
+
+
+def longer(file):
+    """Make images of which only 5 were ever written 10."""
+    file["train/images"].resize(10, axis=0)
+    del file["train/labels"]
+    file["train/labels"] = np.zeros(10, int)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("storage", "change", "match"),
+    [
+        ({"compression": "gzip"}, direct(zlib.compress(bytes(64 << 20))), "does not hold its 32 bytes"),
+        ({"compression": "gzip"}, direct(zlib.compress(bytes(31))), "does not hold its 32 bytes"),
+        ({"compression": "gzip"}, direct(zlib.compress(bytes(32))[:-1]), "does not hold its 32 bytes"),
+        ({"compression": "gzip"}, direct(b"x"), "does not hold its 32 bytes"),
+        ({"compression": "gzip"}, direct(b"x", 1), "does not hold its 32 bytes"),
+        ({"compression": "lzf"}, direct(bytes(33)), "does not hold its 32 bytes"),
+        ({"fletcher32": True}, direct(bytes(32)), "does not hold its 32 bytes"),
+        ({"scaleoffset": 0}, None, "filters that are not read"),
+        ({"maxshape": (None, 1, 4, 4)}, None, None),
+        ({"compression": "gzip", "maxshape": (None, 1, 4, 4)}, longer, "holds 3 of 5 chunks"),
+    ],
+)
+def test_chunks_that_are_not_what_they_claim_are_refused(tmp_path, storage, change, match):
+    path = small_file(tmp_path / "d.h5")
+    with h5py.File(path, "r+") as file:
+        images = file["train/images"][()]
+        del file["train/images"]
+        file.create_dataset("train/images", data=images, chunks=(2, 1, 4, 4), **storage)
+        if "scaleoffset" not in storage and "maxshape" not in storage:
+            assert equal(read_hdf5_closed(file, path), tiny(5, 3, (1, 4, 4), 3))
+    with h5py.File(path, "r+") as file:
+        if change:
+            change(file)
+    if match is None:
+        assert len(read_hdf5(path).train_images) == 5
+    else:
+        with pytest.raises(DataError, match=match):
+            read_hdf5(path)
+
+
+def read_hdf5_closed(file, path):
+    """Read what ``file`` has written so far."""
+    file.flush()
+    copy = path.with_name("copy.h5")
+    copy.write_bytes(path.read_bytes())
+    return read_hdf5(copy)
+
+
+@pytest.mark.parametrize(
+    ("mode", "how"), [("r", {}), ("r", {"rdcc_nbytes": 0}), ("r", {"libver": "latest"}), ("r", {"driver": "core"})]
+)
+def test_a_file_that_is_read_elsewhere_in_the_program_can_be_read(tmp_path, mode, how):
+    path = small_file(tmp_path / "d.h5")
+    with h5py.File(path, mode, **how) as file:
+        assert equal(read_hdf5(path), tiny(5, 3, (1, 4, 4), 3))
+        assert file["train/labels"].shape == (5,)
+
+
+@pytest.mark.parametrize("mode", ["r+", "a"])
+def test_a_file_that_is_written_elsewhere_in_the_program_is_called_so(tmp_path, monkeypatch, mode):
+    path = small_file(tmp_path / "d.h5")
+    monkeypatch.chdir(tmp_path)
+    with h5py.File("d.h5", mode) as file:
+        file["train/labels"][0] = 2
+        assert "is open for writing elsewhere in this program: close it first" in refusal(path)
+    assert read_hdf5(path).train_labels[0] == 2
+    with h5py.File(path.with_name("new.h5"), "w") as file:
+        file["x"] = 1
+        assert "close it first" in refusal(path.with_name("new.h5"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [
+        ((32, 32, 3), True),
+        ((4, 300, 3), True),  # 4 rows look like 4 channels
+        ((28, 28, 1), True),
+        ((224, 160, 4), True),
+        ((5, 6, 1), True),
+        ((3, 32, 32), False),
+        ((1, 6, 4), False),
+        ((8, 4, 4), False),
+        ((4, 32, 32), False),
+        ((200, 16, 16), False),
+        ((3, 5, 3), False),
+        ((4, 3, 3), False),
+    ],
+)
+def test_images_with_channels_last_are_refused_with_the_remedy(tmp_path, shape, channels_last):
+    dataset = tiny(5, 3, shape, 3)
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        for name in ("train", "test"):
+            file[f"{name}/images"] = getattr(dataset, f"{name}_images")
+            file[f"{name}/labels"] = getattr(dataset, f"{name}_labels")
+        file.attrs["classes"] = list(dataset.classes)
+    if channels_last:
+        assert "transpose them by images.transpose(0, 3, 1, 2)" in refusal(tmp_path / "d.h5")
+        with pytest.raises(DataError, match="transpose them"):
+            write_hdf5(tmp_path / "e.h5", dataset)
+    else:
+        assert equal(read_hdf5(tmp_path / "d.h5"), dataset)
+
+
+@pytest.mark.parametrize("count", [300, 4096, 100_000])
+def test_many_classes_are_written_and_read(tmp_path, count):
+    names = tuple(f"class {i} ".ljust(66, "x") for i in range(count))
+    dataset = dataclasses.replace(tiny(5, 3, (1, 4, 4)), classes=names)
+    dataset.train_labels[0] = count - 1
+    write_hdf5(tmp_path / "d.h5", dataset)
+    read = read_hdf5(tmp_path / "d.h5")
+    assert read.classes == names and read.digest() == dataset.digest() and equal(read, dataset)
+    with h5py.File(tmp_path / "d.h5") as file:  # as any program reads them
+        assert ("classes" in file.attrs) == (count == 300)
+        stored = file.attrs["classes"] if count == 300 else file["classes"][()]
+        assert stored[-1].decode() == names[-1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "match"),
+    [
+        (["a\0", "b"], "NUL"),
+        (["x" * 2**20] + ["y"] * 200, "shorten the longest"),
+        (["\udcff", "b"], "surrogates"),
+        ([], "classes must be names"),
+        ([1, 2], "classes must be names"),
+    ],
+)
+def test_names_that_cannot_be_stored_are_refused(tmp_path, classes, match):
+    dataset = dataclasses.replace(tiny(5, 3, (1, 4, 4), 2), classes=tuple(classes))
+    with pytest.raises(DataError, match=match):
+        write_hdf5(tmp_path / "d.h5", dataset)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault
+def test_file_and_folder_reach_the_disk_in_this_order(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        events.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        fsync(descriptor)
+
+    def renamed(source, target):
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_hdf5(tmp_path / "d.h5", tiny())
+    assert events == ["sync file", "rename", "sync folder"]
+
+
+def test_large_images_are_handled_few_at_a_time(tmp_path):
+    dataset = tiny(60, 1, (3, 256, 256))  # 12 MB
+    write_hdf5(tmp_path / "d.h5", dataset)
+    digest = dataset.digest()
+    contiguous = dataclasses.replace(dataset, train_images=np.ascontiguousarray(dataset.train_images))
+    whole = dataset.train_images.nbytes
+    for act in (contiguous.digest, lambda: read_hdf5(tmp_path / "d.h5").digest()):
+        tracemalloc.start()
+        assert act() == digest
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < (whole + dataset.test_images.nbytes) * (act != contiguous.digest) + 4 * BLOCK
+
+
 # ---- the data set itself
 
 
@@ -484,6 +905,63 @@ def test_a_path_is_converted_again_only_when_the_archive_has_changed(tmp_path):
         find_data(str(tmp_path / "other.tar"), data)
     with pytest.raises(DataError, match=r"absent\.h5: no such file"):
         find_data("absent.h5", data)
+
+
+@pytest.mark.parametrize("name", ["d.h5", "d.H5", "d.HDF5", "d.hdf", "d", "d.data", "d.tar.gz"])
+@pytest.mark.parametrize("block", [0, 512, 2048])
+def test_hdf5_is_told_by_its_content(tmp_path, name, block):
+    path = small_file(tmp_path / name, userblock_size=block)
+    assert find_data(str(path), tmp_path / "data") == path
+    assert equal(read_hdf5(path), tiny(5, 3, (1, 4, 4), 3))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["a.TAR.GZ", "a.tgz", "a.Tar", "a", "a.h5.bak"])
+def test_archives_are_told_by_their_content(tmp_path, name):
+    path = write_tar(tmp_path / name, BINARY.folder, members_of(BINARY, tiny()))
+    target = find_data(str(path), tmp_path / "data", notify=lambda text: None)
+    assert target == tmp_path / "data" / ("a.h5.bak.h5" if name == "a.h5.bak" else "a.h5")
+    assert equal(read_hdf5(target), tiny())
+    local = write_tar(tmp_path / "CIFAR-10-Binary.TAR.GZ", BINARY.folder, members_of(BINARY, tiny()))
+    assert find_data("cifar10", tmp_path, notify=lambda text: None) == tmp_path / "cifar10.h5" and local.exists()
+
+
+@pytest.mark.fault
+def test_what_is_neither_is_called_so(tmp_path):
+    (tmp_path / "d.H5").write_bytes(b"no HDF5")
+    (tmp_path / "empty.h5").write_bytes(b"")
+    for name in ("d.H5", "empty.h5"):
+        assert "no HDF5 file" in refusal(find_data(str(tmp_path / name), tmp_path))
+    (tmp_path / "notes").write_text("text")
+    with pytest.raises(DataError, match=r"notes: .*no \.tar\.gz, \.tar or HDF5"):
+        find_data(str(tmp_path / "notes"), tmp_path, notify=lambda text: None)
+    os.mkfifo(tmp_path / "pipe")
+    for device in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(DataError, match="neither a file nor a folder"):
+            find_data(str(device), tmp_path)
+
+
+def test_cifar100_is_not_taken_for_cifar10(tmp_path, offline, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fine = tiny(classes=100)
+    for layout in LAYOUTS[2:]:
+        archive = write_tar(tmp_path / "cifar-100.tar", layout.folder, members_of(layout, fine))
+        assert command.main(["--archive", str(archive)]) == 0
+        assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar100.h5"]
+    archive = write_tar(tmp_path / "cifar-10.tar", PYTHON.folder, members_of(PYTHON, tiny()))
+    assert command.main(["--archive", str(archive)]) == 0
+    assert equal(read_hdf5("data/cifar10.h5"), tiny()) and equal(read_hdf5("data/cifar100.h5"), fine)
+    (tmp_path / "data/cifar100.h5").replace("data/cifar10.h5")  # as older versions converted it
+    for ask in (lambda: load_cifar10("data"), lambda: find_data("cifar10"), lambda: find_data("auto")):
+        with pytest.raises(DataError, match=r"data/cifar10\.h5: has 100 classes, CIFAR-10 has ten"):
+            ask()
+    assert find_data("data/cifar10.h5") == Path("data/cifar10.h5")
+    Path("data/cifar10.h5").unlink()
+    write_tar(Path("data/cifar-10-python.tar"), LAYOUTS[2].folder, members_of(LAYOUTS[2], fine))
+    for ask in (lambda: load_cifar10("data"), lambda: find_data("auto", notify=lambda text: None)):
+        with pytest.raises(DataError, match="has 100 classes"):
+            ask()
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-python.tar"]
 
 
 @pytest.mark.fault

@@ -1,13 +1,21 @@
 """Ranks and the reduction, on as many ranks as this test runs on; each expectation is computed without them."""
 
+import contextlib
+import errno
+import gc
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cnnmpi.distributed import ExactReducer, Ranks, Reducer, RemoteError, UserError, failing_together
+from cnnmpi import Config, Trainer, distributed
+from cnnmpi.data import synthetic, write_hdf5
+from cnnmpi.distributed import ExactReducer, Ranks, Reducer, RemoteError, UserError, failing_together, start
+from tests.jobs import MPIRUN, needs_mpirun
 
 SHARDS = 8
 
@@ -111,6 +119,154 @@ def test_shared_array_is_one_for_all_ranks_of_a_host(ranks):
     ranks.node_barrier()
 
 
+def shared_maps() -> int:
+    """How many shared arrays this process has mapped."""
+    return sum("/cnnmpi-" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+@pytest.mark.mpi(min_size=2)
+def test_shared_memory_is_free_when_a_run_is_no_longer_used(ranks, shared_tmp):
+    before = shared_maps()
+    if ranks.rank == 0:
+        write_hdf5(shared_tmp / "data.h5", synthetic(train=40, test=20))
+    for number in range(3):
+        out, settings = shared_tmp / str(number), {"batch_size": 20, "max_steps": 1, "threads": 1}
+        trainer = Trainer(Config(data=str(shared_tmp / "data.h5"), out=out, **settings), ranks)
+        assert shared_maps() == before + 4, "images and labels, of two parts"
+        trainer.run()
+        del trainer
+        assert shared_maps() == before
+    with pytest.raises(UserError, match="cutout"):
+        Trainer(Config(data=str(shared_tmp / "data.h5"), out=shared_tmp / "bad", batch_size=20, cutout=99), ranks)
+    gc.collect()
+    assert shared_maps() == before
+
+
+@pytest.mark.mpi(min_size=2)
+def test_every_rank_hears_that_there_is_no_room_to_share(ranks, monkeypatch):
+    def full(nbytes):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(distributed, "create_shared", full)
+    with pytest.raises(UserError, match=r"no room for 2 MiB .*No space left.* MiB free.*docker run --shm-size"):
+        ranks.shared_array((2 << 20,), np.uint8)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_every_rank_hears_that_one_does_not_see_the_memory(ranks, monkeypatch):
+    if ranks.rank == ranks.size - 1:
+        monkeypatch.setattr(distributed, "open_shared", lambda path, nbytes: Path("/nowhere").stat())
+    with pytest.raises(UserError, match=r"cannot be opened \(No such file"):
+        ranks.shared_array((5,), np.uint8)
+    monkeypatch.undo()
+    assert ranks.shared_array((5,), np.uint8).tolist() == [0] * 5
+
+
+IN_SMALL = """
+mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 99
+exec "$@"
+"""
+
+
+def run_in_small_shared_memory(size, *args, **environment):
+    """Run a command with a /dev/shm of its own, of ``size``."""
+    command = ["unshare", "--mount", "sh", "-c", IN_SMALL.format(size=size), "sh", *map(str, args)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if result.returncode == 99 or "unshare" in result.stderr:
+        pytest.skip("only root may mount here")
+    return result
+
+
+SHARE = """
+import numpy as np
+from cnnmpi.distributed import failing_together, start
+ranks = start()
+with failing_together(ranks):
+    array = ranks.shared_array((100 << 20,), np.uint8)
+    array[ranks.rank :: ranks.size] = 1
+    ranks.node_barrier()
+    assert array.sum(dtype=np.int64) == 100 << 20
+"""
+
+
+@pytest.mark.fault
+@needs_mpirun
+@pytest.mark.mpi_skip
+def test_shared_memory_as_small_as_dockers(tmp_path):
+    job = [MPIRUN, "-n", "2", sys.executable, "-c", SHARE]
+    elsewhere = run_in_small_shared_memory("64m", *job, TMPDIR=str(tmp_path))
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert not list(tmp_path.iterdir()), "nothing stays"
+    nowhere = run_in_small_shared_memory("64m", *job, TMPDIR="/dev/shm")
+    assert nowhere.returncode == 2, nowhere.stderr
+    assert nowhere.stderr.count("no room for 100 MiB") == 1 and "--shm-size" in nowhere.stderr
+    tiny = run_in_small_shared_memory("1m", *job)  # MPI itself may crash
+    assert tiny.stderr.count("warning: /dev/shm has 1 MiB free, but MPI may need 28 for 2 ranks") == 1
+
+
+LAST_WORDS = """
+import sys
+from cnnmpi.distributed import failing_together, start
+ranks = start()
+{streams}
+def body():
+    if ranks.rank == 1:
+        raise RuntimeError("oops")
+    ranks.comm.Barrier()
+if {hook}:
+    body()
+with failing_together(ranks):
+    body()
+"""
+
+
+@pytest.mark.fault
+@needs_mpirun
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    "streams, hook",
+    [
+        ("pass", True),
+        ("sys.stdout = sys.stderr = None", True),
+        ("sys.stdout = sys.stderr = object()", True),
+        ("sys.stdout = sys.stderr = None", False),
+        ("sys.stderr.close()", False),
+    ],
+)
+def test_a_job_ends_whatever_becomes_of_its_output(streams, hook):
+    job = [sys.executable, "-c", LAST_WORDS.format(streams=streams, hook=hook)]
+    full = ["sh", "-c", 'exec "$@" >/dev/full 2>&1', "sh"]
+    result = subprocess.run([*full, MPIRUN, "-n", "2", *full, *job], timeout=60, check=False)  # a hang is the fault
+    assert result.returncode != 0
+
+
+@pytest.mark.fault
+def test_last_words_into_a_pipe_that_nobody_reads_do_not_hold_up_the_end():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    code = "from cnnmpi.distributed import Ranks, failing_together\nwith failing_together(Ranks()): raise RuntimeError"
+    result = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=writer, timeout=60, check=False)
+    os.close(reader), os.close(writer)
+    assert result.returncode == 1
+
+
+@pytest.mark.mpi(min_size=2)
+def test_start_may_be_called_again(ranks):
+    hooks = sys.excepthook, threading.excepthook
+    try:
+        assert start() is ranks and start() is ranks
+    finally:
+        sys.excepthook, threading.excepthook = hooks
+
+
 def test_exit_codes_of_one_process(capsys):
     for error, code, text in (
         (UserError("bad flag"), 2, "cnnmpi: error: bad flag\n"),
@@ -137,6 +293,21 @@ def test_processes_that_do_not_find_each_other_are_refused():
     assert run_start().stdout == "size 1\n"
     alone = run_start(SLURM_STEP_NUM_TASKS="4")
     assert alone.returncode != 0 and "the launcher started 4 processes" in alone.stderr
+
+
+@pytest.mark.mpi_skip
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "4", "SLURM_NPROCS": "4", "SLURM_JOB_ID": "1"},  # in the shell of salloc, or of a batch job
+        {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},  # that shell is a step of its own
+        {"SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "1"},  # mpirun -n 1, whose helpers run on two hosts
+        {"PMI_SIZE": "", "SLURM_STEP_NUM_TASKS": "many"},
+    ],
+)
+def test_a_single_process_under_slurm_is_not_refused(environment):
+    result = run_start(**environment)
+    assert result.stdout == "size 1\n", result.stderr
 
 
 @pytest.mark.mpi_skip

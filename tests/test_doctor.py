@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cnnmpi import doctor
+from cnnmpi import distributed, doctor
 from cnnmpi.distributed import Ranks
+from cnnmpi.machine import Allowance
 from tests.jobs import MPIRUN, needs_mpirun, run
 
 pytestmark = pytest.mark.mpi_skip
@@ -51,6 +52,42 @@ def test_an_mpirun_of_another_mpi_is_found(tmp_path):
     assert "no such command" in doctor.check_mpirun(str(tmp_path / "none")).text
     mpirun.write_text("#!/bin/sh\necho out of luck >&2\nexit 1\n")
     assert "out of luck" in doctor.check_mpirun(str(mpirun)).text
+
+
+@needs_mpirun
+def test_what_two_ranks_print_at_the_same_time_is_no_finding(tmp_path, monkeypatch):
+    noise = "import os; [os.write(1, b'size 1 \\xff\\xfe\\n') for _ in range(3)]"
+    (tmp_path / "sitecustomize.py").write_text(noise)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    assert not doctor.check_mpirun(MPIRUN).remedy
+    torch = doctor.check_torch()
+    assert torch.text.startswith("PyTorch ") and not torch.remedy
+
+
+def test_a_launcher_that_cannot_be_started_or_speaks_another_encoding(tmp_path):
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_bytes(b"\x00\x01 no program")
+    mpirun.chmod(0o755)
+    assert "cannot be started" in doctor.check_mpirun(str(mpirun)).text
+    mpirun.write_bytes(b"#!/bin/sh\nprintf 'k\\366nnte nicht\\n' >&2\nexit 1\n")
+    assert "nnte nicht" in doctor.check_mpirun(str(mpirun)).text
+
+
+def test_cores_tell_of_quotas_and_of_more_cores_than_shards(monkeypatch):
+    monkeypatch.setattr(distributed, "allowance", lambda: Allowance(frozenset(range(64))))
+    monkeypatch.setattr(doctor, "allowance", lambda: Allowance(frozenset(range(64)), "/jobs/7", 2.5))
+    text = doctor.check_cores(Ranks()).text
+    assert "64 are seen, of whose time /jobs/7 grants 2.5" in text and "up to 8 ranks (--shards 8)" in text
+    monkeypatch.setattr(distributed, "allowance", lambda: Allowance(frozenset(range(64)), "/jobs/7", 2.5))
+    assert doctor.check_cores(Ranks()).text.startswith("2 cores: 64 are seen")
+    assert Ranks().default_threads() == 2
+
+
+def test_inside_the_shell_of_a_slurm_allocation_it_asks_for_mpirun(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    doctor.main(["--mpirun", str(tmp_path / "none"), "--data", "synthetic", "--out", str(tmp_path / "runs")])
+    assert "mpirun" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_forced_blas_kernels_are_told(monkeypatch):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cnnmpi.distributed import UserError
+from cnnmpi import Config, Trainer, elastic
+from cnnmpi.checkpoint import load
+from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.elastic import Elastic, answering, launcher, main, read_hosts, supervise
-from tests.jobs import HANGS_S, MPIRUN, all_gone, command, digest, needs_mpirun, rank_pids, wait_until
+from tests.jobs import HANGS_S, MPIRUN, all_gone, command, digest, needs_mpirun, rank_pids, run, wait_until
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -38,13 +40,17 @@ def test_lost_ranks_are_replaced_and_the_result_is_the_undisturbed_one(data, tmp
 
 
 @needs_mpirun
-def test_a_signal_is_passed_on_and_ends_the_supervision(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_ends_the_supervision(number, data, tmp_path, undisturbed):
     out = tmp_path / "run"
-    process = subprocess.Popen(job(data, out, "--ranks", "2"), stdout=subprocess.PIPE, text=True)
+    rarely = ["--checkpoint-every", "1000"]  # so that what is saved after a few steps is saved for the signal's sake
+    process = subprocess.Popen([*job(data, out, "--ranks", "2"), *rarely], stdout=subprocess.PIPE, text=True)
     wait_until((out / "last.h5").exists, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=HANGS_S)
     assert process.returncode != 0 and "0 restarts" in output and all_gone(out)
+    assert 1 <= load(out / "last.h5")[1]["step"] < 30
+    assert digest(run(*command(1, data, out, "--resume")).stdout) == undisturbed
 
 
 @needs_mpirun
@@ -92,6 +98,51 @@ def test_the_host_list_is_written_as_the_launcher_reads_it(says, option, line, t
     args = launcher(Elastic(mpirun=f"{mpirun} --quiet"), 2, {"a": 2}, tmp_path)
     assert args == [str(mpirun), "--quiet", "-n", "2", option, str(tmp_path / "hosts")]
     assert (tmp_path / "hosts").read_text() == f"{line}\n"
+
+
+def starts(tmp_path: Path, *extra: str, **settings) -> int:
+    """How many ranks a launcher is asked for that notes it and is content."""
+    launcher, note = tmp_path / "mpirun", tmp_path / "note"
+    launcher.write_text(f'#!/bin/sh\necho "$2" > {note}\n')
+    launcher.chmod(0o755)
+    arguments = ["--out", str(tmp_path / "run"), *extra]
+    assert supervise(Elastic(mpirun=str(launcher), probe="true", **settings), arguments) == 0
+    return int(note.read_text())
+
+
+def test_as_many_ranks_start_as_there_are_cores_and_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(elastic, "usable_cores", lambda: 64)
+    assert starts(tmp_path) == 8
+    assert starts(tmp_path, "--shards", "12") == starts(tmp_path, "--shards=12") == 12
+    settings, hosts = tmp_path / "settings.toml", tmp_path / "hosts"
+    settings.write_text("shards = 24\n")
+    assert starts(tmp_path, "--config", str(settings)) == 24
+    assert starts(tmp_path, "--shards", "100") == 64
+    assert starts(tmp_path, ranks=9) == 9, "what is asked for is left to cnnmpi.train"
+    hosts.write_text("a:16\nb:16\n")
+    assert starts(tmp_path, hosts=hosts) == 8
+    monkeypatch.setattr(elastic, "usable_cores", lambda: 3)
+    assert starts(tmp_path) == 3
+
+
+def test_a_resumed_run_has_the_shards_of_its_checkpoint(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(elastic, "usable_cores", lambda: 64)
+    Trainer(Config(data=str(data), out=tmp_path / "run", batch_size=40, shards=5, max_steps=1), Ranks())
+    assert starts(tmp_path) == 5
+
+
+def test_a_bad_command_line_or_launcher_ends_in_one_line(tmp_path, capsys):
+    launcher = tmp_path / "mpirun"
+    launcher.write_bytes(b"\x00\x01 no program")
+    launcher.chmod(0o755)
+    for arguments, text in [
+        (["--mpirun", str(launcher), "--", "--out", str(tmp_path / "run")], "cannot be started"),
+        (["--mpirun", str(launcher), "--", "--shards", "0"], "--shards must be"),
+        (["--mpirun", str(launcher), "--", "--config", "nowhere.toml"], "nowhere.toml"),
+    ]:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1
 
 
 def test_resume_is_its_own_to_give(capsys):

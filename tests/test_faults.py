@@ -302,9 +302,8 @@ def test_a_failing_save_is_told_to_all_ranks_and_leaves_the_old_checkpoint(step,
     fail = f"""
         if self.step == {step} and self.ranks.rank == 0:
             import errno
-            from cnnmpi.checkpoint import atomic
             def full(*args): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            atomic.os.fsync = full"""
+            os.fsync = full"""
     result = run(*struck(2, data, out, "--checkpoint-every", "3", save=fail))
     assert result.returncode == 2 and result.stderr.count("No space left on device") == 1
     assert "mpi_abort" not in result.stderr.lower(), "all were told, so nobody has to be aborted"

@@ -264,7 +264,7 @@ def test_an_earlier_run_is_moved_aside(tmp_path, data, capsys):
     train(tmp_path / "run", Ranks(), data=data, max_steps=1)
     first = (tmp_path / "run" / "last.h5").read_bytes()
     train(tmp_path / "run", Ranks(), data=data, max_steps=2)
-    assert (tmp_path / "run.old-1" / "last.h5").read_bytes() == first
+    assert (tmp_path / "run" / "old-1" / "last.h5").read_bytes() == first
     assert "was moved to" in capsys.readouterr().out
 
 

@@ -1,7 +1,8 @@
 """The checkpoint format: a text header with a digest in the user block of a plain HDF5 file.
 
 A file is checked in two steps. The digest, compared before libhdf5 sees a byte, finds damage. It does not find malice,
-so what HDF5 offers for reaching outside the file or for claiming more memory than it holds is refused one by one.
+so what HDF5 offers for reaching outside the file or for claiming more memory than it holds is refused one by one, here
+and in ``cnnmpi.common.hdf5``.
 """
 
 import hashlib
@@ -16,15 +17,18 @@ import h5py
 import numpy as np
 
 from cnnmpi.checkpoint.atomic import CheckpointError, write_atomically
+from cnnmpi.common import hdf5
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Attribute = str | int | float | bool | list[str] | list[float]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # what is read; written is 1 where no attribute needs 2
+LARGE = "attributes"  # the group of attributes that are larger than HDF5 allows: since version 2
 DTYPES = ("<f4", "<f8", "<i8")
+LONGEST_NAME = 1000  # of an array: deeper and longer ones are no names of layers
 BLOCK = 512  # the smallest user block that HDF5 knows
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 TITLE = b"cnnmpi checkpoint\n"
+ADVICE = "use the previous checkpoint or copy the file again"
 HEADER = re.compile(TITLE + rb"sha256 of the bytes after this block: ([0-9a-f]{64})\nbytes after this block: (\d+)\n+")
 
 
@@ -40,11 +44,16 @@ def save(
     try:
         with h5py.File(file, "w", libver="earliest", userblock_size=BLOCK) as root:
             for name in sorted(arrays):
-                if any(part in ("", ".") for part in name.split("/")):
-                    raise ValueError(f"array {name!r}: a name is parts joined by single slashes, none of them '.'")
+                check_name(name)
                 root.create_dataset(name, data=stored(name, arrays[name]))
-            for name, value in sorted({**attributes, "format_version": FORMAT_VERSION}.items()):
-                root.attrs[name] = encoded(name, value)
+            values = {name: encoded(name, value) for name, value in sorted(attributes.items())}
+            large = {name: value for name, value in values.items() if not hdf5.fits_attribute(name, value)}
+            for name, value in large.items():
+                check_name(name)
+                root.create_dataset(f"{LARGE}/{name}", data=value)
+            values["format_version"] = encoded("format_version", 2 if large else 1)
+            for name in sorted(values.keys() - large.keys()):
+                root.attrs[name] = values[name]
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be stored: {first_line(error)}") from error
     with file.getbuffer() as blob:
@@ -59,20 +68,28 @@ def load(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
     anything but attributes, groups and contiguous arrays of numbers.
     """
     try:
-        blob = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            blob = file.read(BLOCK)
+            check_title(path, blob)  # before the rest is read, which may be of any size
+            blob += file.read()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the path and its rights") from error
     check_header(path, blob)
     try:
         with h5py.File(io.BytesIO(blob), "r") as root:
-            attributes = read_attributes(root, len(blob))
-            check_version(attributes.get("format_version"))
-            datasets = dict(walk(root, "", {root["/"]}))
+            reader = hdf5.Reader(root, lambda at, count: blob[at : at + count], len(blob))
+            check_version(reader.attribute("format_version"))
+            attributes = {name: reader.attribute(name) for name in root.attrs}
+            datasets = dict(walk(reader, root, "", {root["/"]}))
             if sum(math.prod(data.shape) * data.dtype.itemsize for data in datasets.values()) > len(blob):
                 raise ValueError("its arrays claim more bytes than the file holds; it was not written by cnnmpi")
-            return {name: np.asarray(data[()]) for name, data in datasets.items()}, attributes
+            arrays = {name: np.asarray(data[()]) for name, data in datasets.items()}
     except Exception as error:  # libhdf5 reports a malformed file by many types
         raise CheckpointError(f"{path}: refused: {first_line(error)}") from error
+    if attributes["format_version"] > 1:
+        for name in [name for name in arrays if name.startswith(f"{LARGE}/")]:
+            attributes[name.removeprefix(f"{LARGE}/")] = hdf5.to_python(arrays.pop(name))
+    return arrays, attributes
 
 
 def weights_digest(arrays: Mapping[str, Array]) -> str:
@@ -88,6 +105,16 @@ def weights_digest(arrays: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError unless an array may be called so."""
+    parts = name.split("/")
+    if any(part in ("", ".") for part in parts) or parts[0] == LARGE or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"array {name!r:.100}: a name is parts joined by single slashes, none of them '.', not {LARGE!r} first; "
+            f"it has at most {LONGEST_NAME} characters"
+        )
+
+
 def stored(name: str, array: Array) -> Array:
     """Return ``array`` in C order and little-endian; raise CheckpointError for a dtype outside the format."""
     array = np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
@@ -97,7 +124,7 @@ def stored(name: str, array: Array) -> Array:
 
 
 def encoded(name: str, value: Any) -> Any:
-    """Return an attribute as HDF5 stores it. Texts get a fixed length, in bytes of UTF-8: see read_attributes."""
+    """Return an attribute as HDF5 stores it, as a NumPy value. Texts get a fixed length, in bytes of UTF-8."""
     match value:
         case bool() | np.bool_():
             return np.bool_(value)
@@ -107,12 +134,11 @@ def encoded(name: str, value: Any) -> Any:
             return np.float64(value)
         case [*items] if all(isinstance(item, int | float | np.integer | np.floating) for item in items):
             return np.array(items, np.float64)
-        case str() if "\0" not in value:
-            text = value.encode()
-            return np.array(text, h5py.string_dtype("utf-8", max(1, len(text))))
-        case [*items] if all(isinstance(item, str) and "\0" not in item for item in items):
-            texts = [item.encode() for item in items]
-            return np.array(texts, h5py.string_dtype("utf-8", max(1, *map(len, texts))))
+    if isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
+        try:
+            return hdf5.texts(value)
+        except ValueError as error:
+            raise ValueError(f"attribute {name!r}: {error}") from None
     raise TypeError(f"attribute {name!r} is {value!r:.60}; it must be text, a number, or a list of either")
 
 
@@ -122,19 +148,22 @@ def header(contents: bytes | memoryview) -> bytes:
     return (TITLE + f"{text}bytes after this block: {len(contents)}\n".encode()).ljust(BLOCK, b"\n")
 
 
+def check_title(path: str | Path, start: bytes) -> None:
+    """Raise CheckpointError unless a file that starts like this may be a checkpoint."""
+    if start.startswith(hdf5.SIGNATURE):
+        raise CheckpointError(f"{path}: is an HDF5 file but not a cnnmpi checkpoint; name a file that cnnmpi wrote")
+    if not start or not start.startswith(TITLE[: len(start)]):
+        raise CheckpointError(f"{path}: is empty, or not a cnnmpi checkpoint, or damaged in its first line; {ADVICE}")
+
+
 def check_header(path: str | Path, blob: bytes) -> None:
     """Raise CheckpointError unless the user block is intact and describes exactly the bytes after it."""
-    advice = "use the previous checkpoint or copy the file again"
-    if blob.startswith(HDF5_SIGNATURE):
-        raise CheckpointError(f"{path}: is an HDF5 file but not a cnnmpi checkpoint; name a file that cnnmpi wrote")
-    if not blob or not blob.startswith(TITLE[: len(blob)]):
-        raise CheckpointError(f"{path}: is empty, or not a cnnmpi checkpoint, or damaged in its first line; {advice}")
     match = HEADER.fullmatch(blob[:BLOCK])
     contents = memoryview(blob)[BLOCK:]
     if len(blob) < BLOCK or (match and len(contents) < int(match[2])):
-        raise CheckpointError(f"{path}: is truncated after {len(blob)} bytes; {advice}")
+        raise CheckpointError(f"{path}: is truncated after {len(blob)} bytes; {ADVICE}")
     if not match or len(contents) > int(match[2]) or blob[:BLOCK] != header(contents):
-        raise CheckpointError(f"{path}: is damaged, its bytes and its sha256 disagree; {advice}")
+        raise CheckpointError(f"{path}: is damaged, its bytes and its sha256 disagree; {ADVICE}")
 
 
 def check_version(version: Any) -> None:
@@ -145,54 +174,35 @@ def check_version(version: Any) -> None:
         raise ValueError(f"its format version is {version}, this cnnmpi reads up to {FORMAT_VERSION}; update cnnmpi")
 
 
-def read_attributes(root: Any, limit: int) -> dict[str, Any]:
-    """Return the root attributes as plain Python values; raise ValueError for any of another kind.
-
-    Texts of variable length are refused: a list of them can refer to the same bytes many times, and libhdf5 2.0 never
-    returns from a malformed heap, in which it keeps them. An attribute claims at most ``limit`` bytes.
-    """
-    attributes: dict[str, Any] = {}
-    for name in root.attrs:
-        attribute = root.attrs.get_id(name)
-        dtype, shape = attribute.dtype, attribute.shape
-        null = attribute.get_space().get_simple_extent_type() == h5py.h5s.NULL
-        if null or len(shape) > 1 or dtype.kind not in "Sfiub" or (dtype.kind == "f" and dtype.itemsize > 8):
-            raise ValueError(f"attribute {name!r} is neither text, a number, nor a list of either; refused unread")
-        if math.prod(shape) * dtype.itemsize > limit:
-            raise ValueError(f"attribute {name!r} claims more bytes than the file holds; refused unread")
-        value = np.asarray(root.attrs[name])
-        attributes[name] = (np.char.decode(value, "utf-8") if dtype.kind == "S" else value).tolist()
-    return attributes
-
-
-def walk(group: Any, prefix: str, seen: set[Any]) -> Iterator[tuple[str, Any]]:
+def walk(reader: hdf5.Reader, group: Any, prefix: str, seen: set[Any]) -> Iterator[tuple[str, Any]]:
     """Yield (path, dataset) for all below ``group``; raise an error for anything but plain groups and datasets."""
     for part in group:
         name = prefix + part
-        if "/" in part or part == "." or not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise ValueError(f"{name!r} is a soft or external link or misnamed; a checkpoint has none")
-        item = group[part]
+        if "/" in part or part == "." or len(name) > LONGEST_NAME:
+            raise ValueError(f"{name!r:.100} is no name that a checkpoint has")
+        try:
+            item = reader.child(group, part)
+        except ValueError as error:
+            raise ValueError(f"{name!r} {error}; a checkpoint holds its own arrays") from None
         if item in seen:
             raise ValueError(f"{name!r} is a second link to the same object; a checkpoint has none")
         seen.add(item)
         if isinstance(item, h5py.Group):
-            yield from walk(item, name + "/", seen)
+            yield from walk(reader, item, name + "/", seen)
         else:
             check_dataset(name, item)
             yield name, item
 
 
 def check_dataset(name: str, item: Any) -> None:
-    """Raise an error unless ``item`` is a dataset of numbers with its bytes in one piece inside this file."""
+    """Raise an error unless ``item`` is a dataset of numbers, or a large attribute, in one piece."""
     if not isinstance(item, h5py.Dataset):
         raise TypeError(f"{name!r} is neither a group nor a dataset; it was not written by cnnmpi")
-    layout = item.id.get_create_plist()
-    if layout.get_layout() == h5py.h5d.VIRTUAL or layout.get_external_count():
-        raise ValueError(f"{name!r} is virtual or keeps its data in another file; a checkpoint holds its own")
-    if layout.get_layout() != h5py.h5d.CONTIGUOUS:
+    if item.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
         raise ValueError(f"{name!r} is chunked, compressed or compact; a checkpoint is contiguous")
-    if item.dtype.str not in DTYPES or item.shape is None:
-        raise ValueError(f"{name!r} holds {item.dtype}; a checkpoint holds float32, float64 and int64 arrays")
+    large = name.startswith(f"{LARGE}/") and item.dtype.kind == "S" and len(item.shape or ()) <= 1
+    if item.shape is None or not (item.dtype.str in DTYPES or large):
+        raise ValueError(f"{name!r} holds {item.dtype!s:.60}; a checkpoint holds float32, float64 and int64 arrays")
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import tyro
 from cnnmpi.console import command, complain, printable
 from cnnmpi.data.archive import read_archive
 from cnnmpi.data.dataset import DataError
+from cnnmpi.data.find import file_name
 from cnnmpi.data.hdf5 import write_hdf5
 
 
@@ -18,8 +19,8 @@ class Convert:
 
     archive: Path
     """The archive (.tar.gz or .tar), or the folder that it was extracted to."""
-    out: Path = Path("data/cifar10.h5")
-    """The HDF5 file to write."""
+    out: Path | None = None
+    """The HDF5 file to write; data/cifar10.h5 or data/cifar100.h5 if not given, as the archive is."""
 
 
 @command
@@ -28,12 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     wanted = tyro.cli(Convert, args=argv, prog="cnnmpi.data")
     try:
         dataset = read_archive(wanted.archive)
-        write_hdf5(wanted.out, dataset)
+        out = wanted.out or Path("data") / file_name(dataset)
+        write_hdf5(out, dataset)
     except DataError as error:
         complain("cnnmpi.data", error)
         return 2
     print(
-        f"{printable(wanted.out)}: {printable(dataset.source)}, {len(dataset.train_labels)} train and "
+        f"{printable(out)}: {printable(dataset.source)}, {len(dataset.train_labels)} train and "
         f"{len(dataset.test_labels)} test images, {len(dataset.classes)} classes, sha256 {dataset.sha256}"
     )
     return 0

@@ -1,13 +1,12 @@
 """Read CIFAR-10 and CIFAR-100 as published: python or binary version, as a tar archive or as the extracted folder.
 
 An archive may come from anywhere, so nothing is extracted and nothing in it is executed: members are read by name, and
-the pickles of the python version pass through an unpickler that knows five harmless names. The format is described at
-https://www.cs.toronto.edu/~kriz/cifar.html.
+the pickles of the python version by a reader of its own (``cnnmpi.data.pickled``). How much an archive may expand to is
+bounded. The format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
+import gzip
 import hashlib
-import io
-import pickle
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,18 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import Array, DataError, Dataset, nchw, nhwc
+from cnnmpi.data.pickled import read_pickle
 
 SHAPE = (3, 32, 32)  # each record: the red, the green and the blue plane, row by row
 PIXELS = 3072
-LARGEST_MEMBER = 1 << 29  # three times the largest official one
-ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
+LARGEST = 1 << 29  # bytes, unpacked; three times the official ones
+LARGEST_HEADER = 1 << 20  # bytes that a name or an extended header may have
+MOST_MEMBERS = 10_000
+GZIP = b"\x1f\x8b"
 Members = dict[str, bytes]
 
 
@@ -124,38 +121,83 @@ def _from_folder(path: Path) -> Members:
     for layout in LAYOUTS:
         for folder in (path, path / layout.folder):
             if (folder / layout.train[0]).is_file():
+                files = [file for file in layout.files if (folder / file).is_file()]
                 try:
-                    return {file: (folder / file).read_bytes() for file in layout.files if (folder / file).is_file()}
+                    for file in files:
+                        if (size := (folder / file).stat().st_size) > LARGEST:
+                            raise DataError(f"{folder / file}: refused: {size} bytes are more than any official file")
+                    return {file: (folder / file).read_bytes() for file in files}
                 except OSError as error:
                     raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
     return {}
 
 
+class _Bounded:
+    """A file of which no more than LARGEST bytes are read or skipped, in small pieces: whatever its headers claim."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def read(self, count: int) -> bytes:
+        if count > LARGEST_HEADER:
+            raise DataError(f"claims a header of {count} bytes")
+        self._check(self._file.tell() + count)
+        content: bytes = self._file.read(count)
+        return content
+
+    def seek(self, position: int) -> int:
+        self._check(position)
+        at: int = self._file.seek(position)
+        return at
+
+    def tell(self) -> int:
+        at: int = self._file.tell()
+        return at
+
+    def _check(self, position: int) -> None:
+        if position > LARGEST + LARGEST_HEADER:
+            raise DataError(f"unpacks to more than {LARGEST} bytes, of which the official archives have a third")
+
+
 def _from_tar(path: Path) -> Members:
-    wanted = {file for layout in LAYOUTS for file in layout.files}
-    found: Members = {}
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                if not (member.isreg() or member.isdir()):
-                    raise DataError(f"{path}: refused: {member.name} is a link or a device, not a file")
-                if name.is_absolute() or ".." in name.parts:
-                    raise DataError(f"{path}: refused: {member.name} points outside the archive")
-                if member.isdir() or name.name not in wanted:
-                    continue
-                if name.name in found:
-                    raise DataError(f"{path}: refused: holds {name.name} twice")
-                if member.size > LARGEST_MEMBER:
-                    raise DataError(f"{path}: refused: {member.name} claims {member.size} bytes")
-                content = tar.extractfile(member)
-                found[name.name] = content.read() if content else b""
-    except DataError:
-        raise
+        with path.open("rb") as file:
+            packed = file.read(len(GZIP)) == GZIP
+            file.seek(0)
+            bounded: Any = _Bounded(gzip.GzipFile(fileobj=file) if packed else file)
+            with tarfile.open(fileobj=bounded, mode="r:") as tar:
+                return _wanted_members(tar)
+    except DataError as error:
+        raise DataError(f"{path}: refused: {error}") from None
     except Exception as error:  # tarfile, gzip and the others raise nearly anything for damaged files
         if isinstance(error, OSError) and error.errno:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        raise DataError(f"{path}: truncated, damaged or not a tar archive ({type(error).__name__})") from error
+        raise DataError(
+            f"{path}: truncated, damaged, or no .tar.gz, .tar or HDF5 at all ({type(error).__name__})"
+        ) from error
+
+
+def _wanted_members(tar: tarfile.TarFile) -> Members:
+    wanted = {file for layout in LAYOUTS for file in layout.files}
+    found: Members = {}
+    for count, member in enumerate(tar):
+        name, shown = PurePosixPath(member.name), printable(member.name[:100])
+        if count >= MOST_MEMBERS:
+            raise DataError(f"holds more than {MOST_MEMBERS} members")
+        if not (member.isreg() or member.isdir()) or member.issparse():
+            raise DataError(f"{shown} is a link or a device, not a file")
+        if name.is_absolute() or ".." in name.parts:
+            raise DataError(f"{shown} points outside the archive")
+        if member.isdir() or name.name not in wanted:
+            continue
+        if name.name in found:
+            raise DataError(f"holds {name.name} twice")
+        if member.size > LARGEST:
+            raise DataError(f"{shown} claims {member.size} bytes")
+        file, pieces = tar.extractfile(member), []
+        while piece := file.read(LARGEST_HEADER // 2) if file else b"":
+            pieces.append(piece)
+        found[name.name] = b"".join(pieces)
     return found
 
 
@@ -193,25 +235,14 @@ def _class_names(path: Path, content: bytes, layout: Layout) -> tuple[str, ...]:
     return tuple(text.strip() for text in texts if text.strip())
 
 
-class _Unpickler(pickle.Unpickler):
-    """Admits what a pickled NumPy array needs and nothing else, so that a pickle cannot run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ADMITTED:
-            raise DataError(f"refused: the pickle asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
 def _unpickle(name: str, content: bytes) -> dict[str, Any]:
     try:
-        loaded = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        loaded = read_pickle(content)
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
-    except Exception as error:  # damaged pickles raise nearly anything
-        raise DataError(f"{name}: truncated or damaged pickle ({type(error).__name__})") from error
     if not isinstance(loaded, dict):
         raise DataError(f"{name}: expected a pickled dictionary, got {type(loaded).__name__}")
-    return {key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key): loaded[key] for key in loaded}
+    return {key.decode("utf-8", "replace") if isinstance(key, bytes) else key: loaded[key] for key in loaded}
 
 
 def _join(batches: list[tuple[Array, Array]]) -> tuple[Array, Array]:

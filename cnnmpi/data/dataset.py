@@ -11,7 +11,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK = 1000  # images handled at a time: 3 MB of CIFAR-10, so that temporaries stay small
+BLOCK = 3 << 20  # bytes of images handled at a time, so that temporaries stay small
 SMALLEST_STD = 1e-3  # a quarter of a grey level; a constant channel is divided by this rather than by 0
 
 
@@ -33,6 +33,8 @@ class Dataset:
 
     def check(self, name: str = "data set") -> None:
         """Raise DataError, beginning with ``name``, unless dtypes, shapes, lengths and labels are as they should be."""
+        if not self.classes or not all(isinstance(text, str) for text in (*self.classes, self.source, self.sha256)):
+            raise DataError(f"{name}: classes must be names, at least one; source and sha256 texts")
         for part, images, labels in self._parts():
             check_declared(f"{name}: {part}", images, labels)
             if labels.dtype != np.int64:
@@ -45,7 +47,7 @@ class Dataset:
         sha = hashlib.sha256(json.dumps(self.classes).encode())
         for _, images, labels in self._parts():
             sha.update(json.dumps(images.shape).encode())
-            for block in blocks(0, len(images)):
+            for block in blocks(0, len(images), images_per_block(images.shape)):
                 sha.update(nhwc(images[block]).data)
             sha.update(labels.astype("<i8").tobytes())
         return sha.hexdigest()
@@ -64,7 +66,7 @@ def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if images.dtype != np.uint8 or images.size == 0:
         raise ValueError(f"statistics: expected at least one uint8 image, got {images.dtype} {images.shape}")
     counts = np.zeros((C, 256), np.int64)  # how often each channel has each level
-    for block in blocks(0, N):
+    for block in blocks(0, N, images_per_block(images.shape)):
         pixels = nhwc(images[block]).reshape(-1, C)
         for c in range(C):
             counts[c] += np.bincount(pixels[:, c], minlength=256)
@@ -89,6 +91,12 @@ def check_declared(name: str, images: Any, labels: Any) -> None:
         raise DataError(f"{name} is empty: images {images.shape}, labels {labels.shape}")
     if images.shape[0] != labels.shape[0]:
         raise DataError(f"{name} has {images.shape[0]} images but {labels.shape[0]} labels")
+    _, C, H, W = images.shape
+    if W in (1, 3, 4) and C > W and H != W:  # one would train on it, and learn little
+        raise DataError(
+            f"{name} images must be (N, C, H, W), but {images.shape} looks like (N, H, W, C): transpose them by "
+            "images.transpose(0, 3, 1, 2)"
+        )
 
 
 def check_labels(name: str, labels: Array, classes: int) -> None:
@@ -121,6 +129,11 @@ def part_of(count: int, index: int, parts: int) -> slice:
     return slice(start, start + size + (index < larger))
 
 
-def blocks(start: int, stop: int, size: int = BLOCK) -> Iterator[slice]:
+def images_per_block(shape: tuple[int, ...]) -> int:
+    """Return how many images of an array (N, C, H, W) of bytes are handled at a time: at least one."""
+    return max(1, BLOCK // math.prod(shape[1:]))
+
+
+def blocks(start: int, stop: int, size: int) -> Iterator[slice]:
     """Cut start..stop into slices of ``size``."""
     return (slice(at, min(at + size, stop)) for at in range(start, stop, size))

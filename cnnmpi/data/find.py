@@ -6,12 +6,13 @@ from pathlib import Path
 
 from cnnmpi.data.archive import LAYOUTS, archive_sha256, read_archive
 from cnnmpi.data.augment import to_unit
-from cnnmpi.data.dataset import Array, DataError
+from cnnmpi.data.dataset import Array, DataError, Dataset
 from cnnmpi.data.download import DownloadError, download_cifar10
-from cnnmpi.data.hdf5 import read_hdf5, recorded_sha256, write_hdf5
+from cnnmpi.data.hdf5 import is_hdf5, read_descriptions, read_hdf5, write_hdf5
 
-CIFAR10 = "cifar10.h5"
+CIFAR10, CIFAR100 = "cifar10.h5", "cifar100.h5"
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 LOCAL = (  # what is used where cifar10.h5 is not there yet: the first of these
     *(f"cifar-10-{version}{suffix}" for version in ("python", "binary") for suffix in SUFFIXES),
     *(layout.folder for layout in LAYOUTS[:2]),
@@ -37,6 +38,7 @@ def find_data(spec: str, data_dir: str | Path = "data", notify: Callable[[str], 
         return _from_path(Path(spec), folder, notify)
     target = folder / CIFAR10
     if target.exists():
+        _check_cifar10(target, len(read_descriptions(target)[0]))
         return target
     try:
         _check_writable(folder)
@@ -61,25 +63,29 @@ def load_cifar10(data_dir: str | Path = "data") -> tuple[Array, Array, Array, Ar
     folder = Path(data_dir)
     if (folder / CIFAR10).exists():
         dataset = read_hdf5(folder / CIFAR10)
+        _check_cifar10(folder / CIFAR10, len(dataset.classes))
     else:
         archive = _local_archive(folder)
         if archive is None:
             _check_writable(folder)
             archive = download_cifar10(folder)
         dataset = read_archive(archive)
+        _check_cifar10(archive, len(dataset.classes))
     return to_unit(dataset.train_images), dataset.train_labels, to_unit(dataset.test_images), dataset.test_labels
 
 
 def _from_path(path: Path, folder: Path, notify: Callable[[str], None]) -> Path:
     if not path.exists():
         raise DataError(f"{path}: no such file; expected auto, cifar10, synthetic, or an HDF5 file, archive or folder")
-    if path.suffix in (".h5", ".hdf5") and path.is_file():
-        return path
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f"{path}: neither a file nor a folder")
+    if path.is_file() and (is_hdf5(path) or path.suffix.lower() in HDF5_SUFFIXES):
+        return path  # if it is called HDF5 without being so, its reader says what is wrong
     name = path.resolve().name
-    stem = next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+    stem = next((name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
     target = folder / f"{stem}.h5"
     if target.exists():
-        recorded = recorded_sha256(target)
+        recorded = read_descriptions(target)[2]
         if not recorded:
             raise DataError(f"{target}: in the way: it was not made from {path}; move it or pass it instead")
         if recorded == archive_sha256(path):
@@ -93,12 +99,28 @@ class FolderError(DataError):
 
 
 def _local_archive(folder: Path) -> Path | None:
-    return next((folder / name for name in LOCAL if (folder / name).exists()), None)
+    present = {path.name.lower(): path for path in folder.iterdir()} if folder.is_dir() else {}
+    return next((present[name] for name in LOCAL if name in present), None)
+
+
+def file_name(dataset: Dataset) -> str:
+    """Return what a converted archive is called."""
+    return CIFAR100 if "CIFAR-100" in dataset.source else CIFAR10
+
+
+def _check_cifar10(path: Path, classes: int) -> None:
+    if classes != 10:
+        raise DataError(
+            f"{path}: has {classes} classes, CIFAR-10 has ten: give it another name, and pass that to --data"
+        )
 
 
 def _convert(archive: Path, target: Path, notify: Callable[[str], None]) -> Path:
     notify(f"converting {archive} to {target}")
-    write_hdf5(target, read_archive(archive))
+    dataset = read_archive(archive)
+    if target.name == CIFAR10:
+        _check_cifar10(archive, len(dataset.classes))
+    write_hdf5(target, dataset)
     return target
 
 

@@ -1,15 +1,15 @@
 """A data set as an HDF5 file: /train/images uint8 (N, C, H, W), /train/labels, /test/images, /test/labels.
 
-The root's attributes are ``classes``, ``source`` and ``sha256``. Images are stored in chunks of about 1 MB with a
-checksum each (fletcher32), uncompressed, so that any part is quick to read. Files are read with distrust: what HDF5 can
-use to reach outside a file, or to claim more than a file holds, is refused by name before anything is allocated.
+The root's attributes are ``classes``, ``source`` and ``sha256``; names of classes that fill more than an attribute may
+hold are the dataset /classes. Images are stored in chunks of about 1 MB with a checksum each (fletcher32),
+uncompressed, so that any part is quick to read. Files are read with distrust: what HDF5 can use to reach outside a
+file, or to claim more than a file holds, is refused by name before anything is allocated.
 """
 
 import contextlib
-import errno
 import math
 import os
-import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from cnnmpi.console import printable
+from cnnmpi.common import hdf5
+from cnnmpi.common.files import replacing
+from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import (
-    BLOCK,
     Array,
     DataError,
     Dataset,
@@ -27,6 +28,7 @@ from cnnmpi.data.dataset import (
     check_declared,
     check_labels,
     check_same_image_shape,
+    images_per_block,
     nchw,
     part_of,
 )
@@ -34,6 +36,8 @@ from cnnmpi.data.dataset import (
 LARGEST = 64 << 30  # bytes of one array
 LARGEST_CHUNK = 1 << 30
 LARGEST_RATIO = 2000  # of declared to stored bytes, where a filter compresses; deflate reaches 1032
+DEFLATE, SHUFFLE, FLETCHER32, LZF = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, 32000
+FILTERS = ((SHUFFLE, DEFLATE, FLETCHER32), (SHUFFLE, LZF, FLETCHER32))  # in one of these orders, each at most once
 Empty = Callable[[tuple[int, ...], Any], Array]
 
 
@@ -44,23 +48,20 @@ def write_hdf5(path: str | Path, dataset: Dataset) -> None:
     """
     path = Path(path)
     dataset.check(str(path))
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        classes = hdf5.texts(dataset.classes)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w", locking=False) as file:
+        with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
             _write_part(file, "train", dataset.train_images, dataset.train_labels)
             _write_part(file, "test", dataset.test_images, dataset.test_labels)
-            file.attrs["classes"] = list(dataset.classes)
-            file.attrs["source"] = dataset.source
-            file.attrs["sha256"] = dataset.sha256
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    except (OSError, RuntimeError) as error:
+            if hdf5.fits_attribute("classes", classes):
+                file.attrs["classes"] = classes
+            else:
+                file["classes"] = classes
+            file.attrs["source"] = hdf5.texts(dataset.source)
+            file.attrs["sha256"] = hdf5.texts(dataset.sha256)
+    except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: cannot be written: {_reason(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty = np.empty) -> Dataset:
@@ -73,11 +74,11 @@ def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty 
     Raises DataError, naming file and dataset, for whatever is damaged, suspicious or does not fit together.
     """
     path = Path(path)
-    with _opened(path) as file:
-        classes, source, sha256 = _attributes(path, file)
+    with _opened(path) as reader:
+        classes, source, sha256 = _descriptions(path, reader)
         pairs = []
         for name in ("train", "test"):  # everything is checked before anything is allocated
-            images, labels = _open(path, file, f"{name}/images"), _open(path, file, f"{name}/labels")
+            images, labels = _open(path, reader, f"{name}/images"), _open(path, reader, f"{name}/labels")
             check_declared(f"{path}: {name}", images, labels)
             pairs.append((images, labels))
         check_same_image_shape(str(path), pairs[0][0], pairs[1][0])
@@ -88,10 +89,19 @@ def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty 
     return Dataset(arrays[0], arrays[1], arrays[2], arrays[3], classes, source, sha256)
 
 
-def recorded_sha256(path: str | Path) -> str:
-    """Return the sha256 of the archive that the file at ``path`` was made from; "" if it was not."""
-    with _opened(Path(path)) as file:
-        return _attributes(Path(path), file)[2]
+def is_hdf5(path: Path) -> bool:
+    """Return whether the file at ``path`` begins as HDF5 does, whatever it is called."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return hdf5.find_signature(_reading(file), os.fstat(file.fileno()).st_size) is not None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_descriptions(path: str | Path) -> tuple[tuple[str, ...], str, str]:
+    """Return the names of the classes, the source, and the sha256 of the archive that a file was made from, or ""."""
+    with _opened(Path(path)) as reader:
+        return _descriptions(Path(path), reader)
 
 
 def _write_part(file: h5py.File, name: str, images: Array, labels: Array) -> None:
@@ -108,7 +118,7 @@ def _read_images(images: h5py.Dataset, part: tuple[int, int], empty: Empty) -> A
     array = empty((N, H, W, C), np.dtype(np.uint8))
     mine = part_of(N, *part)
     chunk = images.chunks[0] if images.chunks else 1
-    for block in blocks(mine.start, mine.stop, max(1, BLOCK // chunk) * chunk):
+    for block in blocks(mine.start, mine.stop, max(1, images_per_block(images.shape) // chunk) * chunk):
         array[block] = images[block].transpose(0, 2, 3, 1)
     return nchw(array)
 
@@ -123,83 +133,146 @@ def _read_labels(name: str, labels: h5py.Dataset, part: tuple[int, int], empty: 
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def _opened(path: Path) -> Iterator[hdf5.Reader]:
     """Open for reading; whatever HDF5 raises, then or later, becomes a DataError."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
+        with path.open("rb", buffering=0) as raw:
+            read, size = _reading(raw), os.fstat(raw.fileno()).st_size
+            if _written_here(path):
+                raise DataError(f"{path}: is open for writing elsewhere in this program: close it first")
+            if hdf5.find_signature(read, size) is None:
+                raise DataError(f"{path}: is no HDF5 file, or damaged in its first bytes")
+            # by way of Python's file: libhdf5 would refuse a path that is open in this process in another manner
+            with h5py.File(raw, "r") as file:
+                yield hdf5.Reader(file, read, size)
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # libhdf5 and h5py report a malformed file by many types
+        if isinstance(error, OSError) and error.errno:
+            raise DataError(f"{path}: cannot be read: {_reason(error)}") from error
         raise DataError(f"{path}: truncated, damaged or not readable HDF5: {_reason(error)}") from error
 
 
-def _open(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
+def _reading(raw: Any) -> hdf5.Read:
+    return lambda at, count: os.pread(raw.fileno(), count, at)
+
+
+def _written_here(path: Path) -> bool:
+    """Return whether this very process has the file open for writing, by h5py: the disk may not hold all of it yet."""
+    for file in h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE):
+        with contextlib.suppress(OSError, ValueError):
+            if file.get_intent() & h5py.h5f.ACC_RDWR and path.samefile(os.fsdecode(file.name)):
+                return True
+    return False
+
+
+def _open(path: Path, reader: hdf5.Reader, name: str) -> h5py.Dataset:
     """Open a dataset by way of hard links only, with all its bytes in this very file."""
-    node: Any = file
+    node: Any = reader.root
     for component in name.split("/"):
         if not isinstance(node, h5py.Group) or not node.id.links.exists(component.encode()):
             raise DataError(f"{path}: {name} is missing")
-        if node.id.links.get_info(component.encode()).type != h5py.h5l.TYPE_HARD:
-            raise DataError(f"{path}: refused: {name} is reached by a soft or external link")
-        node = node[component]
+        try:
+            node = reader.child(node, component)
+        except ValueError as error:
+            raise DataError(f"{path}: refused: {name} {error}") from None
     if not isinstance(node, h5py.Dataset):
         raise DataError(f"{path}: {name} is not a dataset")
-    if node.is_virtual:
-        raise DataError(f"{path}: refused: {name} is a virtual dataset, kept in other files")
-    if node.external:
-        raise DataError(f"{path}: refused: {name} has external storage, in other files")
     if node.shape is None:
         raise DataError(f"{path}: {name} is empty")
-    _check_size(f"{path}: refused: {name}", node, path.stat().st_size)
+    _check_size(f"{path}: refused: {name}", node, reader.size)
     return node
 
 
 def _check_size(name: str, node: h5py.Dataset, file_size: int) -> None:
     """Raise DataError if more is declared than is stored, or than anyone would want to allocate."""
     properties = node.id.get_create_plist()
-    filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
-    ratio = LARGEST_RATIO if filters - {h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_SHUFFLE} else 1
+    filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+    if not any(filters == [code for code in order if code in filters] for order in FILTERS):
+        raise DataError(f"{name} passes through filters that are not read here; h5repack -f GZIP=4 replaces them")
+    compressed = DEFLATE in filters or LZF in filters
     declared, stored = math.prod(node.shape) * node.dtype.itemsize, node.id.get_storage_size()
     if stored > file_size:
         raise DataError(f"{name} claims {stored} stored bytes in a file of {file_size}")
-    if declared > min(LARGEST, stored * ratio):
+    if declared > min(LARGEST, stored * (LARGEST_RATIO if compressed else 1)):
         raise DataError(f"{name} declares {declared} bytes but stores {stored}")
-    if math.prod(node.chunks or ()) * node.dtype.itemsize > LARGEST_CHUNK:
+    if node.chunks:
+        _check_chunks(name, node, filters)
+
+
+def _check_chunks(name: str, node: h5py.Dataset, filters: list[int]) -> None:
+    """Raise DataError unless every chunk is there, and unpacks to the bytes of a chunk: no less, and no more.
+
+    libhdf5 2.0 can crash on a chunk of no bytes, and inflates one as far as it goes.
+    """
+    size = math.prod(node.chunks) * node.dtype.itemsize
+    if size > LARGEST_CHUNK:
         raise DataError(f"{name} has chunks of more than {LARGEST_CHUNK} bytes")
+    chunks: list[Any] = []
+    node.id.chunk_iter(chunks.append)
+    axes = list(zip(node.shape, node.chunks, strict=True))
+    wanted = math.prod(-(-length // step) for length, step in axes)
+    places = {
+        chunk.chunk_offset
+        for chunk in chunks
+        if all(at % step == 0 and at < length for at, (length, step) in zip(chunk.chunk_offset, axes, strict=True))
+    }
+    if len(chunks) != wanted or len(places) != wanted:
+        raise DataError(f"{name} holds {len(places)} of {wanted} chunks")
+    for chunk in chunks:
+        used = [code for i, code in enumerate(filters) if not chunk.filter_mask >> i & 1]
+        packed = chunk.size - 4 * (FLETCHER32 in used)
+        if DEFLATE in used:
+            whole = inflates_to(node.id.read_direct_chunk(chunk.chunk_offset)[1], size)
+        elif LZF in used:
+            whole = 0 < packed <= size
+        else:
+            whole = packed == size
+        if not whole:
+            raise DataError(f"{name} has a chunk at {chunk.chunk_offset} that does not hold its {size} bytes")
 
 
-def _attributes(path: Path, file: h5py.File) -> tuple[tuple[str, ...], str, str]:
+def inflates_to(packed: bytes, size: int) -> bool:
+    """Return whether ``packed`` begins with a zlib stream of exactly ``size`` bytes; needs little memory."""
+    stream, piece = zlib.decompressobj(), 1 << 14  # deflate reaches 1032 times as much
+    try:
+        for at in range(0, len(packed), piece):
+            size -= len(stream.decompress(packed[at : at + piece]))
+            if size < 0 or stream.eof:
+                break
+    except zlib.error:
+        return False
+    return size == 0 and stream.eof
+
+
+def _descriptions(path: Path, reader: hdf5.Reader) -> tuple[tuple[str, ...], str, str]:
     """Return classes, source and sha256; only the first must be there."""
-    if "classes" not in file.attrs:
+    wrong = f"{path}: the attribute classes must be a list of names"
+    try:
+        classes = reader.attribute("classes", heap=True)
+        source, sha256 = (reader.attribute(name, heap=True) for name in ("source", "sha256"))
+    except ValueError as error:
+        raise DataError(f"{path}: refused: {error}") from None
+    if classes is None and reader.root.id.links.exists(b"classes"):  # more than an attribute holds
+        names = _open(path, reader, "classes")
+        if names.dtype.kind != "S" or len(names.shape) != 1:
+            raise DataError(f'{path}: /classes must be a list of texts of fixed length: numpy.array(..., dtype="S")')
+        classes = hdf5.to_python(names[()])
+    if classes is None:
         raise DataError(f"{path}: the attribute classes, the list of the classes' names, is missing")
-    classes = np.atleast_1d(file.attrs["classes"]).tolist()
-    if not all(isinstance(name, bytes | str) for name in classes) or not classes:
-        raise DataError(f"{path}: the attribute classes must be a list of names")
-    source, sha256 = file.attrs.get("source", printable(path)), file.attrs.get("sha256", "")
-    return tuple(_text(name) for name in classes), _text(source), _text(sha256)
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    classes = classes if isinstance(classes, list) else [classes]
+    if not classes or not all(isinstance(name, str) for name in classes):
+        raise DataError(wrong)
+    source, sha256 = printable(path) if source is None else source, "" if sha256 is None else sha256
+    if not isinstance(source, str) or not isinstance(sha256, str):
+        raise DataError(f"{path}: the attributes source and sha256 must be texts")
+    return tuple(classes), source, sha256
 
 
 def _reason(error: Exception) -> str:
     """Return the system's reason if there is one, else HDF5's, on one line."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
-    return " ".join(str(error).split())
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's contents, or a directory's names, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(descriptor)
+    return " ".join(str(error).split()) or type(error).__name__

@@ -94,7 +94,7 @@ def cross_entropy_loss(
             f"cross_entropy_loss: expected logits (N, K) and integer targets (N,), "
             f"got {logits.shape} and {targets.dtype} {targets.shape}"
         )
-    if logits.dtype not in (np.float32, np.float64):
+    if logits.dtype.char not in "fd":
         raise ValueError(f"cross_entropy_loss: expected logits of float32 or float64, got {logits.dtype}")
     N, K = logits.shape
     if N == 0:

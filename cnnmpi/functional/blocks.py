@@ -9,13 +9,15 @@ import ctypes
 import functools
 import itertools
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import numpy as np
-import threadpoolctl
+
+from cnnmpi.machine import one_blas_thread
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Item = TypeVar("Item")
@@ -31,26 +33,30 @@ _threads = 1
 
 
 def set_threads(count: int, callers: int = 1) -> None:
-    """Let all ops of this process share ``count`` threads, BLAS single-threaded inside each of them.
+    """Let all ops of this process share ``count`` threads; without this call they use the one that calls them.
 
-    ``callers`` of these threads call ops at the same time; only the rest helps them. Also tells the C library to keep
-    freed memory.
+    ``callers`` of these threads call ops at the same time; only the rest helps them. BLAS has one thread inside ops,
+    and as many as before outside of them (``machine.one_blas_thread``). Raises ValueError for fewer threads than 1.
     """
     global _pool, _threads
-    _keep_freed_memory()
-    threadpoolctl.threadpool_limits(1, user_api="blas")
+    if count < 1:
+        raise ValueError(f"set_threads: at least 1 thread is needed, got {count}")
     if _pool is not None:
         _pool.shutdown()
     _threads = math.ceil(count / callers)  # at most, in one op
     _pool = ThreadPoolExecutor(count - callers, thread_name_prefix="cnnmpi-op") if count > callers else None
 
 
-def _keep_freed_memory() -> None:
+@functools.cache
+def keep_freed_memory() -> None:
     """Let the C library keep what NumPy frees for the next array, instead of giving it back and faulting it in again.
 
-    Every step makes arrays of the same sizes: this took SimpleCNN's step from 19.6 to 13.9 ms (16 images). glibc only;
-    elsewhere it has no effect.
+    Every step makes arrays of the same sizes: this took SimpleCNN's step from 19.6 to 13.9 ms (16 images). It happens
+    once, when the first op runs; up to 1 GiB is kept. glibc only, and not where the environment has one of its own
+    variables for this.
     """
+    if os.environ.keys() & {"MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_"}:
+        return
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -92,6 +98,7 @@ def sum_over_blocks(body: Callable[[slice], Array], count: int, bytes_each: floa
 
 def _cut(count: int, bytes_each: float) -> list[slice]:
     """Cut ``range(count)`` into pieces of at most BLOCK_BYTES, nearly equal ones: a power of 2 of them, or one each."""
+    keep_freed_memory()
     most = max(1, int(BLOCK_BYTES // max(bytes_each, 1)))
     pieces = min(1 << (math.ceil(count / most) - 1).bit_length(), count) if count > most else 1
     edges = [count * piece // pieces for piece in range(pieces + 1)]
@@ -124,7 +131,7 @@ def share_out(
             queue.clear()  # nobody takes another item
             raise
 
-    helpers = [pool.submit(work, body) for body in bodies[1:]]
+    helpers = [pool.submit(one_blas_thread()(work), body) for body in bodies[1:]]
     try:
         work(bodies[0])
     finally:

@@ -15,6 +15,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from cnnmpi.functional import winograd
 from cnnmpi.functional.blocks import Array, add_bias, column_sums, for_each_block, nchw, nhwc, sum_over_blocks
+from cnnmpi.machine import one_blas_thread
 from cnnmpi.sizes import Size as Size
 from cnnmpi.sizes import pair as pair
 
@@ -90,6 +91,7 @@ def col2im(cols: Array, x_shape: tuple[int, ...], kH: int, kW: int, stride: Size
     return nchw(padded[:, pH : pH + H, pW : pW + W])
 
 
+@one_blas_thread()
 def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padding: Size = 0) -> tuple[Array, Any]:
     """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo)."""
     (sH, sW), (pH, pW) = pair(stride), pair(padding)
@@ -113,6 +115,7 @@ def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padd
     return nchw(y), (x, W, None, b is not None, stride, padding)
 
 
+@one_blas_thread()
 def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[Array | None, Array, Array | None]:
     """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo); dx is None unless ``input_grad``, db None without a bias."""
     x, W, patches, has_bias, stride, padding = cache
@@ -152,6 +155,7 @@ def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[
     return nchw(dx), dW, db
 
 
+@one_blas_thread()
 def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, Any]:
     """Return y = x W' + b for ``x`` (N, in), ``W`` (out, in), ``b`` (out,)."""
     y = x @ W.T
@@ -160,6 +164,7 @@ def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, Any]:
     return y, (x, W, b is not None)
 
 
+@one_blas_thread()
 def linear_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array | None]:
     """Return (dx, dW, db) = (dy W, dy' x, sum of dy over the batch)."""
     x, W, has_bias = cache

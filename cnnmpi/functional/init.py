@@ -1,6 +1,9 @@
 """Initial values of weights, drawn from an explicit generator; and the filters of a whitening layer."""
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -11,12 +14,32 @@ from cnnmpi.functional.blocks import Array
 PIXELS, COLOURS = 0.92, 0.9
 
 
+_most: contextvars.ContextVar[float] = contextvars.ContextVar("most", default=math.inf)
+
+
+@contextlib.contextmanager
+def at_most(numbers: int) -> Iterator[None]:
+    """In this block, refuse weights of more ``numbers``, before memory is taken: for sizes that come from a file."""
+    token = _most.set(numbers)
+    try:
+        yield
+    finally:
+        _most.reset(token)
+
+
+def check_size(*shape: int) -> None:
+    """Raise ValueError for more numbers than ``at_most`` allows."""
+    if math.prod(map(int, shape)) > _most.get():
+        raise ValueError(f"an array of shape {shape} would have more than the {_most.get()} numbers allowed here")
+
+
 def fans(shape: tuple[int, ...]) -> tuple[int, int]:
     """Return (fan_in, fan_out), the inputs and outputs that a weight (out, in, ...) connects at one position."""
     if len(shape) < 2:
         raise ValueError(f"a weight of shape {shape} has no fan-in and fan-out: at least 2 dimensions are needed")
     if min(shape) < 1:
         raise ValueError(f"a weight of shape {tuple(map(int, shape))} is empty: every size must be at least 1")
+    check_size(*shape)
     fan_out, fan_in, *window = map(int, shape)  # NumPy's narrow integers would overflow
     return fan_in * math.prod(window), fan_out * math.prod(window)
 
@@ -60,6 +83,7 @@ def whitening(shape: tuple[int, ...]) -> Array:
     out, axes = shape[0], shape[1:]
     if out % 2 or out > 2 * math.prod(axes):
         raise ValueError(f"whitening: the number of filters must be even and at most {2 * math.prod(axes)}, got {out}")
+    check_size(math.prod(axes), math.prod(axes))
     basis: Array = np.ones((1, 1))
     variances: Array = np.ones(1)
     for size, correlation in zip(axes, (COLOURS, PIXELS, PIXELS), strict=True):

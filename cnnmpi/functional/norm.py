@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks, wide_rows
+from cnnmpi.machine import one_blas_thread
 
 
 def _rows(x: Array) -> Array:
@@ -52,6 +53,7 @@ def batch_statistics(rows: Array, channels: int) -> tuple[Array, Array]:
     return mean, np.maximum(squares, 0) / count
 
 
+@one_blas_thread()
 def batch_norm(
     x: Array,
     gamma: Array,
@@ -102,6 +104,7 @@ def batch_norm(
     return _like(y, x), (x, y if relu else None, centre, inv_std, gamma, training)
 
 
+@one_blas_thread()
 def batch_norm_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array]:
     """Return (dx, dgamma, dbeta).
 

@@ -1,44 +1,62 @@
 """The folder of a run: locked while the run lasts, written by rank 0 alone."""
 
 import fcntl
+import itertools
+import os
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.checkpoint.atomic import sync_directory
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train.report import METRICS
 from cnnmpi.train.setup import Say, as_user_errors
-from cnnmpi.train.state import Arrays
+from cnnmpi.train.state import Arrays, SavedRun, read_saved_run
 
-LAST, PREVIOUS, BEST = "last.h5", "previous.h5", "best.h5"
+LAST, PREVIOUS, BEST, CONFIG = "last.h5", "previous.h5", "best.h5", "config.toml"
+# What a run writes, in the order in which it is moved aside. A move that is cut short leaves --resume the earlier run,
+# as it was, or nothing: never an older checkpoint of it. Where config.toml has come, the move was completed.
+WRITTEN = (PREVIOUS, LAST, BEST, METRICS, CONFIG)
 
-Saved = tuple[Path, Arrays, dict[str, Any]]  # a checkpoint: where it is, its arrays, its attributes
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of training: where it is, its arrays, and what it says of the run."""
+
+    path: Path
+    arrays: Arrays
+    run: SavedRun
 
 
 class RunFolder:
     """Where a run keeps what it produces. All ranks call the methods; rank 0 acts, the others hear of failures."""
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
-        self.path, self.ranks = path.resolve(), ranks
+        self.path, self.ranks = Path(os.path.realpath(path)), ranks  # a loop of links is an error of open()
         self._lock: Any = None
 
     def open(self, fresh: bool, config: str, say: Say) -> None:
-        """Make and lock the folder and write ``config``. What another run left there is moved aside, if ``fresh``."""
+        """Make and lock the folder and write ``config``.
+
+        If ``fresh``, what another run wrote there is moved into a folder of its own inside, and all else left alone.
+        """
+        content = config.encode(errors="surrogateescape")  # paths need not be Unicode
 
         def make() -> None:
             try:
-                if self.path.exists():
-                    self._take_lock()
-                if fresh and any((self.path / name).exists() for name in (LAST, PREVIOUS, BEST, METRICS)):
-                    self._move_aside(say)
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
-                (self.path / "config.toml").write_text(config, encoding="utf-8", errors="surrogateescape")
+                if fresh:
+                    self._move_aside(content, say)
+                with as_user_errors():
+                    checkpoint.write_atomically(self.path / CONFIG, content)
             except OSError as error:
-                raise UserError(f"--out {self.path} cannot be used: {error.strerror}") from None
+                where = f" ({error.filename})" if error.filename not in (None, str(self.path)) else ""
+                raise UserError(f"--out {self.path} cannot be used: {error.strerror}{where}") from None
 
         self.ranks.on_rank0(make)
 
@@ -58,8 +76,7 @@ class RunFolder:
             self._lock.close()
 
     def _take_lock(self) -> None:
-        self.close()
-        self._lock = (self.path / "lock").open("w")
+        self._lock = (self.path / "lock").open("a")  # of which nothing is lost if it should be somebody's
         weakref.finalize(self, self._lock.close)  # of a run that never begins
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,11 +85,26 @@ class RunFolder:
         except OSError:
             pass  # a file system without locks
 
-    def _move_aside(self, say: Say) -> None:
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
-            number += 1
-        self.path.rename(aside)
+    def _move_aside(self, config: bytes, say: Say) -> None:
+        """Move what another run wrote into the folder old-1, or the next number; a ``config`` like ours may stay."""
+        there = [self.path / name for name in WRITTEN if (self.path / name).is_file()]
+        if not there or (there == [self.path / CONFIG] and there[0].read_bytes() == config):
+            return
+        names = {path.name for path in there}
+        for number in itertools.count(1):
+            aside = self.path / f"old-{number}"
+            try:
+                aside.mkdir()
+            except FileExistsError:  # somebody's, or another run's, unless it is the beginning of this very move
+                if aside.is_symlink() or not aside.is_dir():
+                    continue
+                if not {path.name for path in aside.iterdir()} <= {*WRITTEN} - names - {CONFIG}:
+                    continue
+            break
+        for path in there:
+            path.rename(aside / path.name)
+            sync_directory(aside)
+            sync_directory(self.path)
         say(f"the earlier run in {self.path} was moved to {aside}")
 
 
@@ -84,23 +116,23 @@ def find_checkpoint(resume: str, folder: Path, say: Say) -> Saved | None:
     """
     with as_user_errors():
         if resume != "auto":
-            found: Saved | None = (Path(resume), *checkpoint.load(resume))
-        else:
-            found = _newest(folder, say)
+            return _load(Path(resume))
+        found = _newest(folder, say)
     if found is None:
         say(f"--resume: no checkpoint in {folder} yet: starting from the beginning")
-        return None
-    missing = {"config", "step", "epoch_counts", "best_test_acc", "data_sha256", "data_source"} - set(found[2])
-    if missing:
-        raise UserError(f"{found[0]}: not a checkpoint of cnnmpi.train: it lacks {', '.join(sorted(missing))}")
     return found
+
+
+def _load(path: Path) -> Saved:
+    arrays, attributes = checkpoint.load(path)
+    return Saved(path, arrays, read_saved_run(path, attributes))
 
 
 def _newest(folder: Path, say: Say) -> Saved | None:
     present = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     for path in present:
         try:
-            return path, *checkpoint.load(path)
+            return _load(path)
         except CheckpointError as error:
             say(f"warning: {error}")
     if present:

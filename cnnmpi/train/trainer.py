@@ -13,10 +13,11 @@ import numpy as np
 from cnnmpi import checkpoint, optim
 from cnnmpi.data import DataLoader
 from cnnmpi.distributed import ExactReducer, NotFiniteError, Ranks, Reducer, UserError
+from cnnmpi.machine import one_blas_thread
 from cnnmpi.models import FlatArrays, Model
 from cnnmpi.train.config import Config, continued, experiment, resolve, to_plain, to_toml, with_defaults
 from cnnmpi.train.evaluation import Evaluation, evaluate_unless
-from cnnmpi.train.folder import BEST, LAST, RunFolder, find_checkpoint
+from cnnmpi.train.folder import BEST, LAST, RunFolder, Saved, find_checkpoint
 from cnnmpi.train.report import Report
 from cnnmpi.train.setup import as_user_errors, learning_rate, make_model, make_optimizer, model_options, open_data
 from cnnmpi.train.signals import StopSignals
@@ -54,9 +55,8 @@ class Trainer:
             resume, default_out = config.resume, with_defaults(config).out or Path()
             saved = ranks.on_rank0(lambda: find_checkpoint(resume, default_out, say))
         if saved is not None:
-            path, _, attributes = saved
-            config = continued(config, json.loads(attributes["config"]), path)
-            config = dataclasses.replace(config, out=config.out or path.parent)
+            config = continued(config, saved.run.config, saved.path)
+            config = dataclasses.replace(config, out=config.out or saved.path.parent)
         self.config = config = resolve(config)
         shards, seed = config.shards or 1, config.seed or 0
         if shards < ranks.size:
@@ -84,9 +84,9 @@ class Trainer:
         self.steps_per_epoch = len(self.loader)
         self.total_steps = (config.epochs or 0) * self.steps_per_epoch
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
-        if saved is not None and saved[2]["step"] > self.last_step:
+        if saved is not None and saved.run.step > self.last_step:
             raise UserError(
-                f"--max-steps {config.max_steps} comes too late: the run of {saved[0]} is at step {saved[2]['step']}; "
+                f"--max-steps {config.max_steps} comes too late: the run of {saved.path} is at step {saved.run.step}; "
                 "name a larger number, or none"
             )
 
@@ -115,7 +115,7 @@ class Trainer:
         self.stopping = False  # all ranks have agreed to stop
         self.skipped = 0  # steps in a row that were left out
         if saved is not None:
-            self._continue_from(*saved)
+            self._continue_from(saved)
         for flat in (self.flat.params, self.flat.buffers):
             array = np.array(self.F.to_numpy(flat))
             ranks.broadcast(array)  # hosts of different kinds may have drawn them with different last bits
@@ -124,7 +124,7 @@ class Trainer:
         assert config.out is not None  # resolve() has set it
         self.folder = RunFolder(config.out, ranks)
         self.out = self.folder.path
-        elsewhere = saved is None or saved[0].resolve().parent != self.out  # the folder holds nothing of this run
+        elsewhere = saved is None or saved.path.resolve().parent != self.out  # the folder holds nothing of this run
         self.folder.open(elsewhere, to_toml(config), say)
         self.report = Report(self.out, silent=ranks.rank != 0)
         if elsewhere:
@@ -135,6 +135,7 @@ class Trainer:
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
+    @one_blas_thread()
     def train_step(self) -> float:
         """Do the next step and return its mean loss; equal bits on every rank, and (reduced exactly) for any number."""
         self.watchdog.note(f"step {self.step}")
@@ -216,6 +217,7 @@ class Trainer:
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
+    @one_blas_thread()
     def run(self) -> int:
         """Train to the end, or until a signal asks to stop; return 0, or STOPPED. Leaves checkpoints in ``out``."""
         try:
@@ -271,6 +273,11 @@ class Trainer:
             self.report.line(
                 f"note: {ranks.local_size} ranks share {ranks.cores_on_node} cores of this host: the result is the "
                 "same, but as many ranks as cores would be faster"
+            )
+        elif ranks.cores_on_node > (shards := self.reducer.shards):
+            self.report.line(
+                f"note: {ranks.cores_on_node} cores, {shards} shards: up to {shards} ranks "
+                "share the work, and threads the other cores; for more ranks raise --shards, and --batch-size with it"
             )
 
     def _evaluate(self) -> Evaluation | None:
@@ -342,17 +349,17 @@ class Trainer:
 
         self.folder.save(name, content)
 
-    def _continue_from(self, path: Path, arrays: Arrays, attributes: dict[str, Any]) -> None:
+    def _continue_from(self, saved: Saved) -> None:
         """Take up the run where its checkpoint left it."""
-        if attributes["data_sha256"] != self.data.sha256:
+        if saved.run.data_sha256 != self.data.sha256:
             raise UserError(
-                f"{path} was trained on other data ({attributes['data_source']}) than {self.config.data} "
+                f"{saved.path} was trained on other data ({saved.run.data_source}) than {self.config.data} "
                 f"({self.dataset.source}): name the same data with --data"
             )
         try:
-            unpack(arrays, self.model, self.optimizer)
+            unpack(saved.arrays, self.model, self.optimizer)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
-        self.step = self.optimizer.steps = int(attributes["step"])
-        self.best = float(attributes["best_test_acc"])
-        self.epoch_counts[:] = attributes["epoch_counts"]
+            raise UserError(f"{saved.path}: {error}") from None
+        self.step = self.optimizer.steps = saved.run.step
+        self.best = saved.run.best_test_acc
+        self.epoch_counts[:] = saved.run.epoch_counts

@@ -1,0 +1,69 @@
+"""Replacing a file so that its path never shows anything but the complete old or the complete new content."""
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
+    """Yield a path beside ``path`` for the body to fill; afterwards it replaces ``path``, if the body did not fail.
+
+    The order is: the body writes, fsync, rename, fsync the directory. ``keep``, in the same directory, then holds what
+    was at ``path`` before. Whatever fails, ``path`` (after a crash between the two renames: ``keep``) holds a complete
+    file, and no temporary stays behind, unless the process is killed. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        if keep and not path.exists():
+            keep = None
+        if keep:
+            path.replace(keep)
+        try:
+            temporary.replace(path)
+        except BaseException:
+            if keep:
+                keep.replace(path)
+            raise
+        sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left beside ``path``. Only for files that no other process is writing."""
+    for stale in path.parent.glob(".*.tmp"):
+        if stale.name.startswith(f".{path.name}."):
+            stale.unlink(missing_ok=True)
+
+
+def write(path: Path, blob: bytes) -> None:
+    """Create ``path`` with the bytes ``blob``."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        rest = memoryview(blob)
+        while rest:
+            written = os.write(descriptor, rest)  # may take less than it was given
+            if written == 0:
+                raise OSError(errno.EIO, "a write made no progress")
+            rest = rest[written:]
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
