@@ -11,6 +11,7 @@ table that rots must not look like a suite that sees everything.
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,19 +69,18 @@ def outcome(tests: tuple[str, ...], ranks: int, mutant: Mutant | None = None) ->
         if mutant:
             path = folder / mutant.path
             path.write_text(path.read_text().replace(mutant.old, mutant.new))
-        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--with-mpi", *tests]
         if ranks > 1:
             mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-            pytest = [mpirun or "mpirun", "-n", str(ranks), *pytest, "--with-mpi", "-m", "mpi"]
+            pytest = [mpirun or "mpirun", "-n", str(ranks), *pytest, "-m", "mpi"]
         environment = os.environ | {"TMPDIR": name}
-        job = subprocess.Popen(
-            pytest, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        job = subprocess.Popen(pytest, cwd=folder, env=environment, start_new_session=True, **pipes)
         try:
             output, _ = job.communicate(timeout=LIMIT_S)
             return job.returncode, output
         except subprocess.TimeoutExpired:
-            job.kill()
+            os.killpg(job.pid, signal.SIGKILL)  # and what it started
             return HANGS, job.communicate()[0]
 
 

@@ -63,6 +63,26 @@ def test_values_are_rounded_to_the_nearest_multiple():
     assert (reducer.reduce()[0] * 2.0**40).tolist() == [1, -1, 2, 0]
 
 
+def test_exact_sums_lose_nothing_from_the_largest_value_to_the_smallest():
+    """From 2**22 / shards, which all shards may reach together, to 2**-40: more bits than any float64 has."""
+    largest, reducer = 2.0**22 / SHARDS, ExactReducer(Ranks(), SHARDS, [1])
+    for shard, value in enumerate([largest, 2.0**-40, -largest]):
+        reducer.add(shard, np.array([value]))
+    assert reducer.reduce()[0] == 2.0**-40
+    for shard in range(SHARDS):
+        reducer.add(shard, np.array([-largest]))
+    assert reducer.reduce()[0] == -(2.0**22)
+    reducer.add(0, np.array([np.nextafter(largest, np.inf)]))
+    with pytest.raises(UserError, match="shard 0"):
+        reducer.reduce()
+
+
+@pytest.mark.mpi(min_size=1)
+def test_any_is_true_on_all_ranks_where_it_is_on_one(ranks):
+    assert not ranks.any(False)
+    assert ranks.any(ranks.rank == ranks.size - 1)
+
+
 @pytest.mark.mpi(min_size=1)
 def test_a_reducer_starts_anew_and_none_adds_nothing(ranks):
     reducer = ExactReducer(ranks, SHARDS, [2, 1])

@@ -107,8 +107,11 @@ def rate_by_hand(s: dict[str, Any], step: int, total: int) -> float:
     return s["lr"] * shape[s["schedule"]]
 
 
-def trained_by_torch(data: Dataset, s: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The weights and running statistics in which training with the settings ``s`` must end."""
+def trained_by_torch(data: Dataset, s: dict[str, Any], losses: list[float] | None = None) -> dict[str, np.ndarray]:
+    """The weights and running statistics in which training with the settings ``s`` must end.
+
+    ``losses`` receives each step's share of the mean loss of its epoch.
+    """
     torch.set_num_threads(1)  # a second one makes these small sums slower, on a busy machine by far
     net = torch.nn.Sequential()
     net.add_module("conv", torch.nn.Conv2d(3, 4, 3, 2, bias=False))
@@ -135,6 +138,7 @@ def trained_by_torch(data: Dataset, s: dict[str, Any]) -> dict[str, np.ndarray]:
     for step in range(total):
         x, y = batch_by_hand(data, s, step)
         optimizer.zero_grad()
+        step_loss = 0.0
         before = [array.clone() for array in statistics]
         after = [torch.zeros(4, dtype=torch.float64) for _ in statistics]
         for part in np.array_split(np.arange(len(y)), s["shards"]):  # each with a BatchNorm of its own
@@ -142,6 +146,7 @@ def trained_by_torch(data: Dataset, s: dict[str, Any]) -> dict[str, np.ndarray]:
                 array.copy_(old)
             loss = loss_of(net(torch.from_numpy(x[part])), torch.from_numpy(y[part])) / len(y)
             loss.backward()
+            step_loss += loss.item() * len(y)
             for total_of, array in zip(after, statistics, strict=True):
                 total_of += array * len(part) / len(y)
         for array, new in zip(statistics, after, strict=True):
@@ -151,6 +156,8 @@ def trained_by_torch(data: Dataset, s: dict[str, Any]) -> dict[str, np.ndarray]:
         for group in optimizer.param_groups:
             group["lr"] = rate_by_hand(s, step, total)
         optimizer.step()
+        if losses is not None:
+            losses.append(step_loss / len(data.train_images))
     return {name: array.numpy() for name, array in net.state_dict().items() if name != "norm.num_batches_tracked"}
 
 
@@ -232,6 +239,10 @@ def are_reported(bench: Bench, field: str, value: Any) -> None:
     lines = [json.loads(line) for line in (trainer.out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, value + 1))
     assert trainer.step == saved_step(trainer.out) == value * math.ceil(45 / 24)
+    losses: list[float] = []
+    trained_by_torch(images(), {**PLAIN, "epochs": value}, losses)
+    means = np.reshape(losses, (value, -1)).sum(axis=1)
+    np.testing.assert_allclose([line["train_loss"] for line in lines], means, rtol=1e-4)  # float32 against float64
 
 
 def end_the_run(bench: Bench, field: str, value: Any) -> None:

@@ -210,7 +210,8 @@ def test_schedules_reach_the_optimizer(tmp_path, data, schedule, rates):
 
 
 @pytest.mark.mpi(min_size=1)
-def test_evaluation_counts_each_image_once(ranks, shared_tmp, data):
+def test_evaluation_counts_each_image_once(ranks, shared_tmp, data, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 5)  # batches and their last one on every rank
     trainer = train(shared_tmp / "run", ranks, data=data, epochs=1)
     images, labels = tiny().test_images, tiny().test_labels
     options = {"classes": 10, "mean": trainer.data.mean, "std": trainer.data.std}
@@ -218,6 +219,12 @@ def test_evaluation_counts_each_image_once(ranks, shared_tmp, data):
     assert spread.confusion.sum() == 33 and (spread.confusion == alone.confusion).all() and spread.loss == alone.loss
     assert spread.confusion.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
     assert spread.accuracy == np.trace(spread.confusion) / 33
+    with trainer.model.evaluating():  # all at once, by hand
+        mean, std = (np.reshape(values, (1, 3, 1, 1)) for values in (trainer.data.mean, trainer.data.std))
+        z = trainer.model.forward(((images / 255 - mean) / std).astype(np.float32)).astype(np.float64)
+    losses = np.log(np.exp(z).sum(axis=1)) - z[np.arange(33), labels]
+    assert abs(spread.loss - losses.mean()) < 1e-5  # float32 against float64
+    assert spread.guesses.tolist() == z.argmax(axis=1).tolist()
     assert trainer.model.training
 
 
