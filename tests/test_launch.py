@@ -150,34 +150,35 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(data, tmp_path, undisturbed):
     assert job.returncode == 0 and digest(output) == undisturbed, errors
 
 
-@pytest.mark.fault
-def test_sigterm_ends_a_process_whose_data_never_come(tmp_path):
-    pipe = tmp_path / "data.h5"
-    os.mkfifo(pipe)
-    job = subprocess.Popen(
-        command(1, pipe, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    with pipe.open("wb"):  # returns when the job has opened it, too
-        job.terminate()
-        job.communicate(timeout=HANGS_S)
-    assert job.returncode == -signal.SIGTERM and not (tmp_path / "run" / "last.h5").exists()
-
-
 DEAF = """
 import hashlib, sys
 from cnnmpi.data import DataLoader
-from cnnmpi.train import signals
+from cnnmpi.train import setup, signals
 from cnnmpi.train.__main__ import main
+def call_a_library():
+    print("deaf", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # half an hour, without Python's lock
 signals.PATIENCE_S, signals.TIMES = 1.0, 0
-batch = DataLoader.batch
-def deaf(self, step, shard):
+batch, read = DataLoader.batch, setup.read_hdf5
+def deaf_batch(self, step, shard):
     if (step, shard) == (5, 7):
-        print("deaf", flush=True)
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # a library call of half an hour, without Python's lock
+        call_a_library()
     return batch(self, step, shard)
-DataLoader.batch = deaf
+def deaf_read(*args, **options):
+    call_a_library()
+{place}
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def start_deaf(ranks: int, data: Path, out: Path, place: str) -> subprocess.Popen[str]:
+    """Start a job and wait until its last rank is inside a library call that does not return."""
+    args = command(ranks, data, out, "--checkpoint-every", "1")
+    at = args.index("-m")
+    args[at : at + 2] = ["-c", DEAF.format(place=place)]
+    job = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert any("deaf" in line for line in job.stdout)
+    return job
 
 
 @pytest.mark.fault
@@ -185,16 +186,20 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_ends_a_job_in_which_a_library_call_does_not_return(ranks, data, tmp_path, undisturbed):
     out = tmp_path / "run"
-    args = command(ranks, data, out, "--checkpoint-every", "1")
-    at = args.index("-m")
-    args[at : at + 2] = ["-c", DEAF]
-    job = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert any("deaf" in line for line in job.stdout)
+    job = start_deaf(ranks, data, out, "DataLoader.batch = deaf_batch")
     os.kill(rank_pids(out)[-1], signal.SIGTERM)
     _, errors = job.communicate(timeout=HANGS_S)
     assert job.returncode != 0 and "SIGTERM asked to stop, but step 5 does not end" in errors
     assert all_gone(out)
     assert digest(run(*command(2, data, out, "--resume")).stdout) == undisturbed
+
+
+@pytest.mark.fault
+def test_sigterm_ends_a_process_whose_data_never_come(data, tmp_path):
+    job = start_deaf(1, data, tmp_path / "run", "setup.read_hdf5 = deaf_read")
+    job.terminate()
+    job.communicate(timeout=HANGS_S)
+    assert job.returncode == -signal.SIGTERM and not (tmp_path / "run").exists()
 
 
 @pytest.mark.fault
