@@ -279,20 +279,50 @@ def test_a_vanished_folder_ends_all_ranks_with_one_clear_line(data, tmp_path):
     assert result.stderr.count("cannot be written") == 1 and str(out) in result.stderr
 
 
+@pytest.fixture
+def small(tmp_path):
+    """Mount a file system of a given size, such as "64k", and return its folder."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+        ).returncode:
+            pytest.skip("only root can mount a small file system here")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True)
+
+
 @elsewhere
-def test_a_full_disk_is_found_at_the_start(data, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", small], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a small file system here")
-    try:
-        result = run(*command(2, data, small / "run"))
-        assert result.returncode == 2 and "No space left" in result.stderr and "Traceback" not in result.stderr
-        assert "step 0 of" not in result.stdout, "found before the first step"
-        assert not list((small / "run").glob("*.h5")) and not list((small / "run").glob(".*.tmp"))
-    finally:
-        subprocess.run(["umount", small], check=True)
+def test_a_full_disk_is_found_at_the_start(data, small):
+    folder = small("64k")
+    result = run(*command(2, data, folder / "run"))
+    assert result.returncode == 2 and "No space left" in result.stderr and "Traceback" not in result.stderr
+    assert "step 0 of" not in result.stdout, "found before the first step"
+    assert not list((folder / "run").glob("*.h5")) and not list((folder / "run").glob(".*.tmp"))
+
+
+@elsewhere
+def test_a_resume_on_a_full_disk_or_in_a_read_only_folder_is_refused_in_one_line(data, small, undisturbed):
+    folder = small("8m")
+    out = folder / "run"
+    assert run(*command(1, data, out, "--max-steps", "13")).returncode == 0
+    filler = folder / "filler"
+
+    def refused(reason: str) -> None:
+        result = run(*command(2, data, out, "--resume"))
+        assert result.returncode == 2 and result.stderr.count("\n") == 1 and reason in result.stderr, result.stderr
+
+    filler.write_bytes(bytes(shutil.disk_usage(folder).free))
+    refused("0 KiB free, a checkpoint takes 481: make room")
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    refused("Read-only file system")
+    subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+    assert digest(run(*command(2, data, out, "--resume")).stdout) == undisturbed
 
 
 @elsewhere

@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import os
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class RunFolder:
                 self._take_lock()
                 if fresh:
                     self._move_aside(content, say)
+                else:
+                    self._check_room()
                 with as_user_errors():
                     checkpoint.write_atomically(self.path / CONFIG, content)
             except OSError as error:
@@ -84,6 +87,13 @@ class RunFolder:
             raise UserError(f"--out {self.path}: another job is training there: wait for it, or name another") from None
         except OSError:
             pass  # a file system without locks
+
+    def _check_room(self) -> None:
+        """Raise UserError unless another checkpoint has room: better now than after an epoch."""
+        sizes = [(self.path / name).stat().st_size for name in (LAST, PREVIOUS) if (self.path / name).exists()]
+        needed, free = max(sizes, default=0), shutil.disk_usage(self.path).free
+        if free < needed:
+            raise UserError(f"--out {self.path}: {free >> 10} KiB free, a checkpoint takes {needed >> 10}: make room")
 
     def _move_aside(self, config: bytes, say: Say) -> None:
         """Move what another run wrote into the folder old-1, or the next number; a ``config`` like ours may stay."""
