@@ -5,7 +5,7 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.cells import cell_len
@@ -44,24 +44,68 @@ def command(main: Main) -> Main:
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
-            _give_up_output()
+            _lead_nowhere(sys.stdout)
             return PIPE_CLOSED
         except OSError as error:
             if error.filename is not None:  # not of a stream
                 raise
-            _give_up_output()
+            _lead_nowhere(sys.stdout)
             complain("cnnmpi", f"the output cannot be written: {error.strerror or error}")
             return 2
 
     return guarded  # type: ignore[return-value]
 
 
-def _give_up_output() -> None:
-    """Let what is left in the buffer go nowhere when the interpreter ends."""
+def _lead_nowhere(stream: Any) -> None:
+    """Let what is left in the stream's buffer, and what follows, go nowhere: Python flushes again at its end."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream without a file
         descriptor = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(descriptor, sys.stdout.fileno())
+        os.dup2(descriptor, stream.fileno())
         os.close(descriptor)
+
+
+class SteadyStream:
+    """Writes to ``stream`` as long as that works; after the first failure, nowhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write ``text``. Returns its length, whatever became of it."""
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):
+            _lead_nowhere(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            _lead_nowhere(self._stream)
+
+    def isatty(self) -> bool:
+        """Return whether a terminal shows what is written."""
+        return is_terminal(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def steady_output() -> Iterator[None]:
+    """Let no failing output end the program within the ``with``: a closed pipe, a full disk, a terminal that went away.
+
+    A missing stream (None) is nobody who listens.
+    """
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device, not a file
+        sys.stdout, sys.stderr = (SteadyStream(nowhere if stream is None else stream) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def complain(program: str, text: object) -> None:

@@ -382,7 +382,7 @@ def _explain(ranks: Ranks, error: BaseException) -> None:
     def speak() -> None:
         if isinstance(error, UserError):
             say(f"cnnmpi: error: {error}")
-        elif isinstance(error, SystemExit | RemoteError):
+        elif isinstance(error, SystemExit | RemoteError | KeyboardInterrupt):
             say(f"{who}: ended by {error!r}")
         else:
             say(f"{who}:\n{''.join(traceback.format_exception(error)).rstrip()}")

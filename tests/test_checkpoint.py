@@ -222,6 +222,8 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     assert "refused" in error_of(path)
     assert "No such file" in error_of(tmp_path / "missing.h5")
     assert "Is a directory" in error_of(tmp_path)
+    assert "File name too long" in error_of(tmp_path / ("x" * 300))
+    assert "embedded null" in error_of(tmp_path / "a\0b")
 
 
 @pytest.mark.fault

@@ -941,6 +941,13 @@ def test_what_is_neither_is_called_so(tmp_path):
             find_data(str(device), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path, name):
+    for read in (read_hdf5, read_archive, lambda path: find_data(str(path), tmp_path)):
+        with pytest.raises(DataError):
+            read(tmp_path / name)
+
+
 def test_cifar100_is_not_taken_for_cifar10(tmp_path, offline, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fine = tiny(classes=100)

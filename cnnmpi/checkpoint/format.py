@@ -72,8 +72,11 @@ def load(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
             blob = file.read(BLOCK)
             check_title(path, blob)  # before the rest is read, which may be of any size
             blob += file.read()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; check the path and its rights") from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}; check the path and its rights") from error
     check_header(path, blob)
     try:
         with h5py.File(io.BytesIO(blob), "r") as root:

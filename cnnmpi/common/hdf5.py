@@ -44,6 +44,7 @@ class Reader:
         self.root, self.size = root, size
         self._base = root.userblock_size  # addresses count from there
         self._read = read
+        self._budget = 4 * size  # bytes of headers to look at: objects do not share them, the root's is needed again
         if root.id.get_create_plist().get_sizes() != (8, 8):
             raise ValueError("its addresses or sizes do not have 8 bytes; no common program writes that")
 
@@ -127,10 +128,9 @@ class Reader:
             at, width = 6 + 16 * (flags >> 5 & 1) + 4 * (flags >> 4 & 1), 1 << (flags & 3)
             size = int.from_bytes(self._bytes(address + at, width), "little")
             blocks, ordered = [(address + at + width, size)], 2 * (flags >> 2 & 1)
-        budget = self.size
         for begin, size in blocks:  # which grows
-            budget -= size + 8
-            if budget < 0:
+            self._budget -= size + 8
+            if self._budget < 0:
                 raise ValueError(f"the object's header at {address} claims more bytes than the file holds")
             block, at = self._bytes(begin, size), 0
             while at + (8 if old else 4 + ordered) <= len(block):

@@ -89,12 +89,12 @@ def read_archive(path: str | Path) -> Dataset:
 def archive_sha256(path: str | Path) -> str:
     """Return the sha256 of an archive or, for a folder, of the files that would be read, without decoding them."""
     path = Path(path)
-    return _sha256(path, _read_members(path)[1] if path.is_dir() else {})
+    return _sha256(path, _read_members(path)[1] if _is_folder(path) else {})
 
 
 def _sha256(path: Path, members: Members) -> str:
     sha = hashlib.sha256()
-    if path.is_dir():
+    if _is_folder(path):
         for content in members.values():
             sha.update(content)
         return sha.hexdigest()
@@ -107,7 +107,7 @@ def _sha256(path: Path, members: Members) -> str:
 
 def _read_members(path: Path) -> tuple[Layout, Members]:
     """Return the layout that ``path`` has, and the contents of that layout's files in their order."""
-    found = _from_folder(path) if path.is_dir() else _from_tar(path)
+    found = _from_folder(path) if _is_folder(path) else _from_tar(path)
     layout = next((layout for layout in LAYOUTS if layout.train[0] in found), None)
     if layout is None:
         raise DataError(f"{path}: holds no CIFAR-10 or CIFAR-100, neither in the python nor in the binary version")
@@ -115,6 +115,13 @@ def _read_members(path: Path) -> tuple[Layout, Members]:
     if missing:
         raise DataError(f"{path}: incomplete {layout.title}: {', '.join(missing)} missing")
     return layout, {file: found[file] for file in layout.files}
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _from_folder(path: Path) -> Members:

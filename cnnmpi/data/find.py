@@ -75,7 +75,11 @@ def load_cifar10(data_dir: str | Path = "data") -> tuple[Array, Array, Array, Ar
 
 
 def _from_path(path: Path, folder: Path, notify: Callable[[str], None]) -> Path:
-    if not path.exists():
+    try:
+        present = path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        present = False
+    if not present:
         raise DataError(f"{path}: no such file; expected auto, cifar10, synthetic, or an HDF5 file, archive or folder")
     if not path.is_file() and not path.is_dir():
         raise DataError(f"{path}: neither a file nor a folder")

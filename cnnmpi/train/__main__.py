@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from cnnmpi import console
 from cnnmpi.distributed import UserError, failing_together, start
 from cnnmpi.train.config import parse
-from cnnmpi.train.output import steady_output
+from cnnmpi.train.progress import Progress
 from cnnmpi.train.setup import program
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.trainer import Trainer
@@ -22,7 +22,7 @@ from cnnmpi.train.watchdog import Watchdog
 def main(argv: Sequence[str] | None = None, trainer: type[Trainer] = Trainer) -> int:
     """Train as ``argv`` says (the command line's if None), with a ``trainer``. Returns the exit code."""
     console.prepare()
-    with steady_output():
+    with console.steady_output():
         return _train(list(sys.argv[1:] if argv is None else argv), trainer)
 
 
@@ -42,11 +42,14 @@ def _train(args: list[str], trainer: type[Trainer]) -> int:
         ranks.agree("their command lines", args)
         ranks.agree("the programs that they run", program())
         config = ranks.on_rank0(lambda: parse(args))
-        with Watchdog(ranks, config.hang_warning, config.hang_limit) as watchdog:
-            signals = StopSignals(watchdog.progress, end)
-            run = trainer(config, ranks, signals, watchdog)  # meanwhile a signal ends the process: nothing can be lost
-            with signals:
-                return run.run()
+        progress = Progress()
+        with (
+            StopSignals(progress, end) as signals,
+            Watchdog(ranks, config.hang_warning, config.hang_limit, progress) as watchdog,
+        ):
+            run = trainer(config, ranks, signals, watchdog)
+            signals.heed()  # until here a signal has ended the process: nothing could be lost
+            return run.run()
     return 1
 
 

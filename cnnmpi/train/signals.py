@@ -19,7 +19,9 @@ LOOK_S = 0.2
 
 
 class StopSignals:
-    """While entered, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set ``asked``; a second SIGINT raises KeyboardInterrupt.
+    """From ``heed()`` to the end of the ``with``, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set ``asked``.
+
+    A second SIGINT raises KeyboardInterrupt.
 
     Python calls a handler between two of its instructions: never, where a library call does not return. So a thread
     hears of each signal, too, and watches the ``progress`` of this rank from then on. If there is none for longer than
@@ -41,19 +43,23 @@ class StopSignals:
         self.asked, self._asked_at = True, min(now, self._asked_at)
 
     def __enter__(self) -> "StopSignals":
+        return self
+
+    def heed(self) -> None:
+        """Begin to catch the signals."""
         heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self._previous = {number: signal.signal(number, self.receive) for number in heeded}
-        self._closing.clear()
         self._heard, self._told = socket.socketpair()
         self._told.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="cnnmpi-signals", daemon=True).start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closing.set()
+        if not self._previous:
+            return
         signal.set_wakeup_fd(self._previous_fd)
         self._told.close()  # the thread then reads the end
         for number, handler in self._previous.items():

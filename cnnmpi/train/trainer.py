@@ -127,9 +127,9 @@ class Trainer:
         elsewhere = saved is None or saved.path.resolve().parent != self.out  # the folder holds nothing of this run
         self.folder.open(elsewhere, to_toml(config), say)
         self.report = Report(self.out, silent=ranks.rank != 0)
+        self.unsaved = elsewhere
         if elsewhere:
             self.best = -1.0
-            self._save(LAST)  # a full disk is better found now than after an epoch
         else:
             ranks.on_rank0(as_user_errors()(lambda: self.report.rewind(self.step, self.steps_per_epoch)))
 
@@ -227,6 +227,8 @@ class Trainer:
             self.folder.close()
 
     def _run(self) -> int:
+        if self.unsaved:
+            self._save(LAST)  # a full disk is better found now than after an epoch
         self._announce()
         test: Evaluation | None = None
         started, done_before = time.perf_counter(), self.epoch_counts[2]
@@ -348,6 +350,7 @@ class Trainer:
             return pack(self.model, self.optimizer), attributes
 
         self.folder.save(name, content)
+        self.unsaved = False
 
     def _continue_from(self, saved: Saved) -> None:
         """Take up the run where its checkpoint left it."""

@@ -58,10 +58,12 @@ class Watchdog:
     It works while it is entered; with one rank, or an MPI library that admits one thread only, it does nothing.
     """
 
-    def __init__(self, ranks: Ranks, warning_s: float = 0, limit_s: float = 0) -> None:
+    def __init__(
+        self, ranks: Ranks, warning_s: float = 0, limit_s: float = 0, progress: Progress | None = None
+    ) -> None:
         self.ranks, self.warning_s, self.limit_s = ranks, warning_s or math.inf, limit_s or math.inf
         self.interval = min(INTERVAL_S, self.warning_s / 4, self.limit_s / 4) if warning_s or limit_s else math.inf
-        self.progress = Progress()
+        self.progress = progress or Progress()
         self._named: dict[int, str] = {}  # what was said of a rank
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
