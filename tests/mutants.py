@@ -9,9 +9,9 @@ table that rots must not look like a suite that sees everything.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,8 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_suffix(".toml")
@@ -80,8 +82,18 @@ def outcome(tests: tuple[str, ...], ranks: int, mutant: Mutant | None = None) ->
             output, _ = job.communicate(timeout=LIMIT_S)
             return job.returncode, output
         except subprocess.TimeoutExpired:
-            os.killpg(job.pid, signal.SIGKILL)  # and what it started
+            kill_all(name)
             return HANGS, job.communicate()[0]
+        finally:
+            kill_all(name)
+
+
+def kill_all(folder: str) -> None:
+    """Kill all processes whose temporary files go to ``folder``: ranks outlive their mpirun at times."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR") == folder:
+                process.kill()
 
 
 def main() -> int:
