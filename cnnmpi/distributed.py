@@ -49,6 +49,7 @@ MPIRUN_LOCAL_RANKS = ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM
 MPI_MIB, MPI_MIB_A_RANK = 16, 6
 SPEAK_S = 5.0  # how long the last words of a job may take
 ARRIVE_S = 2.0  # how long a rank with an error waits for the others to come with the same one
+PASS_ON_S = 1.0  # how long the launcher gets to pass on a warning, before the ranks may crash
 READ_S = 2.0  # how long a rank waits before it aborts until the launcher has read what it said
 IDLE_S = 2e-4  # between two looks at a reduction under way, where ranks share cores
 
@@ -331,7 +332,7 @@ def _warn_of_little_shared_memory() -> None:
     first = next((os.environ[name] for name in MPIRUN_LOCAL_RANKS if name in os.environ), "0") == "0"
     if ranks > 1 and first and (problem := little_shared_memory(ranks)):
         say(f"cnnmpi: warning: {problem}")
-        _wait_for_readers(READ_S)  # a launcher whose ranks crash throws away what it has not read yet
+        time.sleep(PASS_ON_S)  # a launcher whose ranks crash throws away what it has not passed on yet
 
 
 def say(text: str) -> None:

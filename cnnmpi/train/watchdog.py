@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from cnnmpi.distributed import Ranks
+from cnnmpi.distributed import Ranks, say
 from cnnmpi.layers import Layer
 from cnnmpi.train.progress import Progress
 
@@ -153,8 +153,7 @@ class Watchdog:
         if any(seconds > self.limit_s for seconds, _ in overdue.values()):
             self._say(f"error: nothing goes on for {self.limit_s:g} s: the job is ended. Where the ranks were:")
             for known in self._known:
-                print(f"--- {self._name(known.sign.rank)}, {known.sign.doing}:\n{known.sign.stacks}", file=sys.stderr)
-            sys.stderr.flush()
+                say(f"--- {self._name(known.sign.rank)}, {known.sign.doing}:\n{known.sign.stacks}")
             self.ranks.abort(1)
 
     def _overdue(self, known: Known, now: float) -> tuple[float, str] | None:
@@ -175,7 +174,7 @@ class Watchdog:
         return f"rank {rank} of {self.ranks.size} on {self._known[rank].sign.host}"
 
     def _say(self, text: str) -> None:
-        print(f"cnnmpi: {text}", file=sys.stderr, flush=True)
+        say(f"cnnmpi: {text}")
 
 
 def _innermost_layer(frame: FrameType | None) -> str:
