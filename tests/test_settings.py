@@ -390,9 +390,9 @@ def reaches_the_watchdog(bench: Bench, field: str, value: Any) -> None:
     made = []
 
     class Watching(command_line.Watchdog):
-        def __init__(self, ranks: Ranks, *limits: float) -> None:
-            made.append(limits)
-            super().__init__(ranks, *limits)
+        def __init__(self, ranks: Ranks, warning_s: float, limit_s: float, *more: Any) -> None:
+            made.append((warning_s, limit_s))
+            super().__init__(ranks, warning_s, limit_s, *more)
 
     class Nothing:
         def __init__(self, *arguments: Any) -> None:
