@@ -533,11 +533,12 @@ def test_the_configuration_round_trips_through_toml(tmp_path):
         ("lr = ", "not a TOML file"),
     ],
 )
-def test_a_bad_toml_file_is_refused_by_key(tmp_path, text, message):
+def test_a_bad_toml_file_is_refused_by_key(tmp_path, text, message, capsys):
     path = tmp_path / "c.toml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         settings.parse(["--config", str(path)])
+    assert capsys.readouterr() == ("", ""), "the one line is the error's"
 
 
 # -- threads over shards ----------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """What a run is: every setting, where it comes from (defaults, a TOML file, the command line) and what it shapes."""
 
+import contextlib
 import dataclasses
 import inspect
+import io
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -243,7 +245,11 @@ def from_plain(content: dict[str, Any], source: str) -> dict[str, Any]:
             raise UserError(f"{source}: {key!r} is not a setting; the settings are {known}")
         arguments.append(f"{flag(name)}={value}")
     try:
-        parsed = tyro.cli(Config, args=arguments, console_outputs=False)
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):  # tyro explains flags
+            parsed = tyro.cli(Config, args=arguments, console_outputs=False)
     except SystemExit:
         values = ", ".join(f"{key} = {value!r}" for key, value in content.items())
         raise UserError(f"{source}: a value is of the wrong kind among {values}; see --help for the choices") from None
