@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnmpi import Config, Trainer, distributed
+from cnnmpi import Config, Trainer
 from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, RemoteError, UserError, failing_together, start
 from tests.jobs import MPIRUN, needs_mpirun
@@ -168,7 +168,7 @@ def test_every_rank_hears_that_there_is_no_room_to_share(ranks, monkeypatch):
     def full(nbytes):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(distributed, "create_shared", full)
+    monkeypatch.setattr("cnnmpi.distributed.ranks.create_shared", full)
     with pytest.raises(UserError, match=r"no room for 2 MiB .*No space left.* MiB free.*docker run --shm-size"):
         ranks.shared_array((2 << 20,), np.uint8)
 
@@ -176,7 +176,7 @@ def test_every_rank_hears_that_there_is_no_room_to_share(ranks, monkeypatch):
 @pytest.mark.mpi(min_size=2)
 def test_every_rank_hears_that_one_does_not_see_the_memory(ranks, monkeypatch):
     if ranks.rank == ranks.size - 1:
-        monkeypatch.setattr(distributed, "open_shared", lambda path, nbytes: Path("/nowhere").stat())
+        monkeypatch.setattr("cnnmpi.distributed.ranks.open_shared", lambda path, nbytes: Path("/nowhere").stat())
     with pytest.raises(UserError, match=r"cannot be opened \(No such file"):
         ranks.shared_array((5,), np.uint8)
     monkeypatch.undo()
@@ -224,7 +224,7 @@ def test_shared_memory_as_small_as_dockers(tmp_path):
     nowhere = run_in_small_shared_memory("64m", *job, TMPDIR="/dev/shm")
     assert nowhere.returncode == 2, nowhere.stderr
     assert nowhere.stderr.count("no room for 100 MiB") == 1 and "--shm-size" in nowhere.stderr
-    warn = "from cnnmpi.distributed import _warn_of_little_shared_memory as warn; warn()"  # before MPI may crash
+    warn = "from cnnmpi.distributed.job import _warn_of_little_shared_memory as warn; warn()"  # before MPI may crash
     launched = {"MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "0"}
     tiny = run_in_small_shared_memory("1m", sys.executable, "-c", warn, **launched)
     assert tiny.stderr.count("warning: /dev/shm has 1 MiB free, but MPI may need 28 for 2 ranks") == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnmpi import distributed, doctor
+from cnnmpi import doctor
 from cnnmpi.distributed import Ranks
 from cnnmpi.machine import Allowance
 from tests.jobs import MPIRUN, needs_mpirun, run
@@ -75,11 +75,11 @@ def test_a_launcher_that_cannot_be_started_or_speaks_another_encoding(tmp_path):
 
 
 def test_cores_tell_of_quotas_and_of_more_cores_than_shards(monkeypatch):
-    monkeypatch.setattr(distributed, "allowance", lambda: Allowance(frozenset(range(64))))
+    monkeypatch.setattr("cnnmpi.distributed.ranks.allowance", lambda: Allowance(frozenset(range(64))))
     monkeypatch.setattr(doctor, "allowance", lambda: Allowance(frozenset(range(64)), "/jobs/7", 2.5))
     text = doctor.check_cores(Ranks()).text
     assert "64 are seen, of whose time /jobs/7 grants 2.5" in text and "up to 8 ranks (--shards 8)" in text
-    monkeypatch.setattr(distributed, "allowance", lambda: Allowance(frozenset(range(64)), "/jobs/7", 2.5))
+    monkeypatch.setattr("cnnmpi.distributed.ranks.allowance", lambda: Allowance(frozenset(range(64)), "/jobs/7", 2.5))
     assert doctor.check_cores(Ranks()).text.startswith("2 cores: 64 are seen")
     assert Ranks().default_threads() == 2
 

@@ -60,7 +60,7 @@ def failing(self):
 trainer.Trainer.train_step = failing
 if {unprotected}:
     import contextlib
-    import cnnmpi.distributed as d, cnnmpi.train.__main__ as m
+    import cnnmpi.distributed.job as d, cnnmpi.train.__main__ as m
     m.failing_together = lambda ranks: contextlib.nullcontext()
     d._install_hooks = lambda ranks: None
 sys.exit(main(sys.argv[1:]))
@@ -108,9 +108,9 @@ def test_without_the_protection_an_exception_hangs_the_job(data, tmp_path):
 
 ABORTING = """
 import os, sys, types
-from cnnmpi import distributed
-distributed.READ_S = float(sys.argv[1])
-ranks = distributed.Ranks()
+from cnnmpi.distributed import Ranks, ranks as module
+module.READ_S = float(sys.argv[1])
+ranks = Ranks()
 ranks.comm, ranks.size = types.SimpleNamespace(Abort=os._exit), 2
 print("the explanation", file=sys.stderr, flush=True)
 ranks.abort(3)
