@@ -4,6 +4,7 @@ Jobs run as people start them, each with a hard time limit. The faults that need
 hostile archives - are beside the modules that meet them, with the marker ``fault`` as here.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -235,8 +236,15 @@ def test_the_time_in_which_the_watching_process_was_stopped_is_nobodys_silence(m
 
 
 @elsewhere
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-@pytest.mark.parametrize("when", ["before step 0", "in a step", "in the evaluation", "in a save", "twice"])
+@pytest.mark.parametrize(
+    "when, number",
+    [
+        *itertools.product(
+            ["before step 0", "in a step", "in the evaluation", "in a save", "twice"], [signal.SIGTERM, signal.SIGUSR1]
+        ),
+        ("in a step", signal.SIGHUP),
+    ],
+)
 def test_a_signal_at_any_time_stops_all_ranks_with_one_checkpoint(number, when, data, tmp_path, undisturbed):
     out = tmp_path / "run"
     send = f"os.kill(os.getpid(), {int(number)})"
