@@ -267,7 +267,9 @@ def test_a_signal_at_any_time_stops_all_ranks_with_one_checkpoint(number, when, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_mpirun_stops_all_ranks(number, data, tmp_path, undisturbed):
     out = tmp_path / "run"
-    job = start_and_wait(struck(2, data, out, step="time.sleep(0.1)"), out)
+    job = start_and_wait(
+        struck(2, data, out, step="while self.step == 5 and not self.signals.asked: time.sleep(0.01)"), out
+    )
     job.send_signal(number)
     job.communicate(timeout=HANGS_S)
     assert job.returncode != 0 and all_gone(out)

@@ -32,12 +32,39 @@ def test_mpirun_ends_in_the_digest_of_one_process(ranks, data, tmp_path, undistu
     assert result.stdout.count("epoch 1 ") == 1, "rank 0 alone speaks"
 
 
+HELD = """
+import sys, time
+from pathlib import Path
+from cnnmpi.train.__main__ import main
+from cnnmpi.train.trainer import Trainer
+step = Trainer.train_step
+def held(self):
+    while self.step == 5 and self.ranks.rank == 0 and not Path({go!r}).exists():
+        time.sleep(0.01)
+    return step(self)
+Trainer.train_step = held
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def held(ranks: int, data: Path, out: Path, *extra: str) -> list[str]:
+    """The command line of a job that waits at step 5 for ``let_go``: so it cannot end before the test has acted."""
+    args = command(ranks, data, out, *extra)
+    at = args.index("-m")
+    args[at : at + 2] = ["-c", HELD.format(go=f"{out}.go")]
+    return args
+
+
+def let_go(out: Path) -> None:
+    Path(f"{out}.go").touch()
+
+
 @pytest.mark.fault
 @needs_mpirun
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_kill_9_of_any_rank_ends_the_job_and_resume_on_other_ranks_is_exact(victim, data, tmp_path, undisturbed):
     out = tmp_path / "run"
-    job = start_and_wait(command(3, data, out, "--checkpoint-every", "1"), out, "previous.h5")  # with a momentum
+    job = start_and_wait(held(3, data, out, "--checkpoint-every", "1"), out, "previous.h5")  # with a momentum
     pids = rank_pids(out)
     assert len(pids) == 3
     os.kill(pids[victim], signal.SIGKILL)
@@ -134,8 +161,9 @@ def test_an_abort_waits_until_the_launcher_has_read_what_was_said():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_resume(number, data, tmp_path, undisturbed):
     out = tmp_path / "run"
-    job = start_and_wait(command(1, data, out, "--checkpoint-every", "1"), out)
+    job = start_and_wait(held(1, data, out, "--checkpoint-every", "1"), out)
     job.send_signal(number)
+    let_go(out)
     output, errors = job.communicate(timeout=HANGS_S)
     assert job.returncode == 75, errors
     assert f"--resume --out {out}" in output
@@ -144,8 +172,9 @@ def test_a_signal_saves_and_says_how_to_resume(number, data, tmp_path, undisturb
 
 def test_a_hangup_that_nohup_ignores_stays_ignored(data, tmp_path, undisturbed):
     out = tmp_path / "run"
-    job = start_and_wait(["nohup", *command(1, data, out)], out)
+    job = start_and_wait(["nohup", *held(1, data, out)], out)
     job.send_signal(signal.SIGHUP)
+    let_go(out)
     output, errors = job.communicate(timeout=HANGS_S)
     assert job.returncode == 0 and digest(output) == undisturbed, errors
 
@@ -217,8 +246,9 @@ def test_a_run_goes_on_whatever_becomes_of_its_output(shell, data, tmp_path, und
 @needs_mpirun
 def test_a_signal_to_one_rank_stops_all(data, tmp_path, undisturbed):
     out = tmp_path / "run"
-    job = start_and_wait(command(2, data, out, "--checkpoint-every", "1"), out)
+    job = start_and_wait(held(2, data, out, "--checkpoint-every", "1"), out)
     os.kill(rank_pids(out)[1], signal.SIGUSR1)
+    let_go(out)
     output, _ = job.communicate(timeout=HANGS_S)
     assert job.returncode != 0 and "saved" in output
     assert digest(run(*command(3, data, out, "--resume")).stdout) == undisturbed
