@@ -267,6 +267,7 @@ def test_a_job_ends_whatever_becomes_of_its_output(streams, hook):
 
 
 @pytest.mark.fault
+@pytest.mark.mpi_skip  # slow, and the same on each rank
 def test_last_words_into_a_pipe_that_nobody_reads_do_not_hold_up_the_end():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

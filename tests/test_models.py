@@ -43,6 +43,7 @@ def batch(n=6, size=32, seed=0):
     return draw.standard_normal((n, 3, size, size)).astype(np.float32), draw.integers(0, 10, n)
 
 
+@pytest.mark.mpi_skip  # slow, and the same on each rank
 @pytest.mark.parametrize("engine", ["numpy", "torch"])
 @pytest.mark.parametrize("name", MODELS)
 def test_five_steps_equal_torch_autograd(name, engine):
