@@ -29,12 +29,13 @@ class Layer:
     training: bool = True
     caching: bool = True  # whether forward keeps what backward needs
     name: str = ""  # the dotted name inside the outermost layer, for messages and for what Dropout draws
+    output_shape: tuple[int, ...] = ()  # of the newest y
 
     def __init__(self) -> None:
         self.params: dict[str, Array] = {}  # learned: changed by the optimizer
         self.grads: dict[str, Array] = {}  # one gradient for each parameter
         self.buffers: dict[str, Array] = {}  # kept with the parameters, but not learned: statistics, fixed filters
-        self._cache: Any = None  # what backward needs: the op's cache, the shape of y, the seal on y
+        self._cache: Any = None  # what backward needs: the op's cache, and the seal on y
 
     def __setattr__(self, key: str, value: Any) -> None:
         if isinstance(value, Layer):
@@ -167,7 +168,8 @@ class Layer:
     def _keep(self, result: tuple[Array, Any]) -> Array:
         """Keep the cache of an op's (y, cache) and return y."""
         y, cache = result
-        self._cache = (cache, tuple(y.shape), self.F.seal(y, cache)) if self.caching else None
+        self.output_shape = tuple(y.shape)
+        self._cache = (cache, self.F.seal(y, cache)) if self.caching else None
         return y
 
     def _taken(self, dout: Array) -> Any:
@@ -175,9 +177,10 @@ class Layer:
         if self._cache is None:
             why = "" if self.caching else ": eval() keeps nothing for it, train_mode(False) does"
             raise RuntimeError(f"{self._label()}: backward() needs a forward() of its own before it{why}")
-        cache, shape, seal = self._cache
-        if tuple(dout.shape) != shape:
-            raise ValueError(f"{self._label()}: expected a dout of shape {shape}, as y has, got {tuple(dout.shape)}")
+        cache, seal = self._cache
+        if tuple(dout.shape) != self.output_shape:
+            shapes = f"{self.output_shape}, as y has, got {tuple(dout.shape)}"
+            raise ValueError(f"{self._label()}: expected a dout of shape {shapes}")
         if not self.F.is_intact(seal):
             raise RuntimeError(f"{self._label()}: its output was changed in place, but backward() needs it as it was")
         self._cache = None

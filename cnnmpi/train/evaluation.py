@@ -121,27 +121,10 @@ def batch_size(model: Model, image_shape: Sequence[int]) -> int:
     The model is shown one black image, and the largest output of its layers counts.
     """
     image = np.zeros((1, *image_shape), np.float32)
-    largest = image.nbytes
-
-    def watched(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watching(*inputs: Any) -> Any:
-            nonlocal largest
-            y = forward(*inputs)
-            largest = max(largest, getattr(y, "nbytes", 0))
-            return y
-
-        return watching
-
-    layers = [layer for _, layer in model.walk()]
     with model.evaluating():
-        try:
-            for layer in layers:
-                vars(layer)["forward"] = watched(layer.forward)
-            model.forward(model.as_array(image))
-        finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
-    return max(1, min(BATCH, BATCH_BYTES // largest))
+        model.forward(model.as_array(image))
+    numbers = max(math.prod(layer.output_shape) for _, layer in model.walk())
+    return max(1, min(BATCH, BATCH_BYTES // (max(image.size, numbers) * image.itemsize)))
 
 
 def _checked(images: Array, labels: Array, classes: int) -> Array:
