@@ -360,13 +360,24 @@ def test_an_end_before_the_step_that_was_reached_is_refused_and_leaves_all_as_it
     run = shared_tmp / "run"
     train(run, ranks, data=data, max_steps=6)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    with pytest.raises(UserError, match=r"--max-steps 3 comes too late: .* is at step 6; name a larger number"):
+    with pytest.raises(UserError, match=r"--max-steps 3 comes too late: .* is at step 6 of 10; name a larger number"):
         Trainer(Config(out=run, resume="auto", max_steps=3), ranks)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     assert Trainer(Config(out=run, resume="auto", max_steps=6), ranks).run() == 0
     resumed = Trainer(Config(out=run, resume="auto", max_steps=1000), ranks)
     assert resumed.run() == 0 and resumed.step == 10, "epochs end it all the same"
     assert state(resumed) == state(train(tmp_path / "whole", Ranks(), data=data))
+
+
+@pytest.mark.fault
+def test_a_checkpoint_beyond_the_end_of_its_run_is_refused(tmp_path, data):
+    run = tmp_path / "run"
+    train(run, Ranks(), data=data, max_steps=1)
+    arrays, attributes = checkpoint.load(run / "last.h5")
+    del attributes["format_version"]
+    checkpoint.save(run / "last.h5", arrays, attributes | {"step": 11})
+    with pytest.raises(UserError, match="is at step 11 of 10; it was not written by this program"):
+        Trainer(Config(out=run, resume="auto"), Ranks())
 
 
 def lines(out: Path) -> list[dict]:

@@ -15,7 +15,7 @@ from cnnmpi.data import DataLoader
 from cnnmpi.distributed import ExactReducer, NotFiniteError, Ranks, Reducer, UserError
 from cnnmpi.machine import one_blas_thread
 from cnnmpi.models import FlatArrays, Model
-from cnnmpi.train.config import Config, continued, experiment, resolve, to_plain, to_toml, with_defaults
+from cnnmpi.train.config import Config, continued, experiment, resolve, to_plain, to_toml
 from cnnmpi.train.evaluation import Evaluation, evaluate_unless
 from cnnmpi.train.folder import BEST, LAST, RunFolder, Saved, find_checkpoint
 from cnnmpi.train.report import Report
@@ -52,7 +52,7 @@ class Trainer:
         self.watchdog.note("preparing data and model", slow=True)
         saved = None
         if config.resume is not None:
-            resume, default_out = config.resume, with_defaults(config).out or Path()
+            resume, default_out = config.resume, resolve(config).out or Path()
             saved = ranks.on_rank0(lambda: find_checkpoint(resume, default_out, say))
         if saved is not None:
             config = continued(config, saved.run.config, saved.path)
@@ -84,11 +84,6 @@ class Trainer:
         self.steps_per_epoch = len(self.loader)
         self.total_steps = (config.epochs or 0) * self.steps_per_epoch
         self.last_step = self.total_steps if config.max_steps is None else min(self.total_steps, config.max_steps)
-        if saved is not None and saved.run.step > self.last_step:
-            raise UserError(
-                f"--max-steps {config.max_steps} comes too late: the run of {saved.path} is at step {saved.run.step}; "
-                "name a larger number, or none"
-            )
 
         self.options = model_options(self.dataset)
         self.threads = config.threads or (ranks.default_threads() if config.device == "cpu" else 1)
@@ -363,6 +358,12 @@ class Trainer:
             unpack(saved.arrays, self.model, self.optimizer)
         except ValueError as error:
             raise UserError(f"{saved.path}: {error}") from None
+        if saved.run.step > self.last_step:
+            asked = f"--max-steps {self.config.max_steps} comes too late: " if self.last_step < self.total_steps else ""
+            raise UserError(
+                f"{asked}the run of {saved.path} is at step {saved.run.step} of {self.total_steps}; "
+                + ("name a larger number, or none" if asked else "it was not written by this program")
+            )
         self.step = self.optimizer.steps = saved.run.step
         self.best = saved.run.best_test_acc
         self.epoch_counts[:] = saved.run.epoch_counts
