@@ -3,11 +3,23 @@
 import numpy as np
 import pytest
 
-from cnnmpi import BatchNorm, Config, Conv2d, DataLoader, Linear, SimpleCNN, SmallResNet, Trainer
+from cnnmpi import (
+    AvgPool2d,
+    BatchNorm,
+    Config,
+    Conv2d,
+    DataLoader,
+    Linear,
+    MaxPool2d,
+    SimpleCNN,
+    SmallResNet,
+    Trainer,
+)
 from cnnmpi.data import cutout, normalize, random_horizontal_flip
 from cnnmpi.data.augment import to_unit
 from cnnmpi.distributed import Ranks
 from cnnmpi.functional.init import fans
+from cnnmpi.layers import Whitening
 from cnnmpi.sizes import pair, whole
 
 KINDS = [np.uint8, np.int8, np.uint16, np.int32, np.int64]
@@ -41,6 +53,24 @@ def test_what_is_no_whole_number_is_refused_by_name(name, value):
     x, y = np.zeros((4, 1, 8, 8), np.uint8), np.zeros(4, int)
     with pytest.raises(ValueError, match=f"DataLoader: {name} must be a whole number, got "):
         DataLoader(x, y, **({"batch_size": 2} | {name: value}))
+
+
+@pytest.mark.parametrize("wrong", [3.0, True, "3", None, np.float32(3), (1, 2, 3)])
+def test_layers_refuse_at_once_what_is_no_whole_number(wrong):
+    counts = [
+        lambda n: Conv2d(n, 4, 3), lambda n: Conv2d(3, n, 3), lambda n: Linear(n, 4), lambda n: Linear(3, n),
+        lambda n: BatchNorm(n), lambda n: Whitening(n, 4), lambda n: Whitening(3, n),
+    ]  # fmt: skip
+    sizes = [
+        lambda n: Conv2d(3, 4, n), lambda n: Conv2d(3, 4, 3, n), lambda n: Conv2d(3, 4, 3, 1, n),
+        lambda n: MaxPool2d(2, padding=n),
+    ]  # fmt: skip
+    for make in counts:
+        with pytest.raises(ValueError, match=r"^\w+: \w+ must be a whole number, got "):
+            make(wrong)
+    for make in (*sizes, MaxPool2d, AvgPool2d):
+        with pytest.raises(ValueError, match="a size must be one whole number, or two"):
+            make(wrong)
 
 
 def test_fans_do_not_overflow():

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from cnnmpi import functional
-from cnnmpi.functional.conv import Size, pair
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.rng import generator
+from cnnmpi.sizes import Size, pair, whole
 
 
 class ReLU(Layer):
@@ -63,6 +63,8 @@ class _Pool(Layer):
     def __init__(self, k: Size, stride: Size | None = None, padding: Size = 0) -> None:
         super().__init__()
         self.k, self.stride, self.padding = k, k if stride is None else stride, padding
+        for size in (self.k, self.stride, padding):
+            pair(size)  # raises ValueError for what is none
 
     def _pool(self, op: Any, x: Array) -> Array:
         self._expect(x, "N", "C", "H", "W")
@@ -146,7 +148,9 @@ class Whitening(Layer):
 
     def __init__(self, in_c: int, out_c: int, k: Size = 3, *, dtype: Any = np.float32) -> None:
         super().__init__()
-        self.in_c, self.out_c, self.k = in_c, out_c, k
+        self.in_c = in_c = whole("Whitening: in_c", in_c)
+        self.out_c = out_c = whole("Whitening: out_c", out_c)
+        self.k = k
         kH, kW = pair(k)
         if not (kH % 2 and kW % 2):
             raise ValueError(f"Whitening: the kernel size must be odd, got {k}")

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from cnnmpi import functional
-from cnnmpi.functional.conv import Size, pair
 from cnnmpi.layers.base import Array, Layer
+from cnnmpi.sizes import Size, pair, whole
 
 
 class Conv2d(Layer):
@@ -29,7 +29,11 @@ class Conv2d(Layer):
         dtype: Any = np.float32,
     ) -> None:
         super().__init__()
-        self.in_c, self.out_c, self.k, self.stride, self.padding = in_c, out_c, k, stride, padding
+        self.in_c = in_c = whole("Conv2d: in_c", in_c)
+        self.out_c = out_c = whole("Conv2d: out_c", out_c)
+        self.k, self.stride, self.padding = k, stride, padding
+        for size in (k, stride, padding):
+            pair(size)  # raises ValueError for what is none
         self.input_grad = True
         rng = rng or np.random.default_rng()
         self._add_parameter("weight", functional.kaiming_normal(rng, (out_c, in_c, *pair(k))), dtype)
@@ -73,7 +77,8 @@ class Linear(Layer):
         dtype: Any = np.float32,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features = whole("Linear: in_features", in_features)
+        self.out_features = out_features = whole("Linear: out_features", out_features)
         rng = rng or np.random.default_rng()
         self._add_parameter("weight", functional.kaiming_normal(rng, (out_features, in_features)), dtype)
         if bias:
@@ -110,7 +115,8 @@ class BatchNorm(Layer):
         dtype: Any = np.float32,
     ) -> None:
         super().__init__()
-        self.num_features, self.eps, self.momentum, self.relu = num_features, eps, momentum, relu
+        self.num_features = num_features = whole("BatchNorm: num_features", num_features)
+        self.eps, self.momentum, self.relu = eps, momentum, relu
         self._add_parameter("weight", np.ones(num_features), dtype)
         self._add_parameter("bias", np.zeros(num_features), dtype)
         self._add_array(self.buffers, "running_mean", np.zeros(num_features), dtype)
