@@ -28,9 +28,9 @@ from cnnmpi.distributed import UserError
 from cnnmpi.machine import usable_cores
 from cnnmpi.train.config import continued, parse, resolve
 from cnnmpi.train.folder import find_checkpoint
+from cnnmpi.train.signals import stop_signals
 
 FINAL = {0: "done", 2: "refused", 75: "stopped on request, with a checkpoint", 130: "interrupted"}
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,7 @@ def supervise(config: Elastic, arguments: Sequence[str]) -> int:
 
     resumed = ["--resume", "auto", *arguments]
     shards = config.ranks or shards_of(resumed)
-    heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
-    previous = {number: signal.signal(number, forward) for number in heeded}
+    previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         with tempfile.TemporaryDirectory() as folder:
             for restart in range(config.max_restarts + 1):

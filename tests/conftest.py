@@ -1,6 +1,7 @@
 """The same tests in one process and under mpirun; a rank that fails takes the others with it."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, start
 from tests.jobs import command, digest, run
 
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup
+    signal.signal(signal.SIGHUP, lambda *_: None)  # the same here, but the jobs that tests start hear of it
 os.environ.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
 os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
 

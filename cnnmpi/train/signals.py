@@ -18,6 +18,15 @@ TIMES = 3  # and as many times as long as anything has taken so far
 LOOK_S = 0.2
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask for an end; not SIGHUP, where nohup started this process, which ignores it.
+
+    Shells let what they start in the background ignore SIGINT: who sends it to a run all the same means it.
+    """
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
+
+
 class StopSignals:
     """From ``heed()`` to the end of the ``with``, SIGINT, SIGTERM, SIGUSR1 and SIGHUP set ``asked``.
 
@@ -26,7 +35,7 @@ class StopSignals:
     Python calls a handler between two of its instructions: never, where a library call does not return. So a thread
     hears of each signal, too, and watches the ``progress`` of this rank from then on. If there is none for longer than
     anything has taken so far (and than PATIENCE_S), it calls ``end`` with the signal's number and what the rank was
-    doing. Signals that whoever started this process chose to ignore, as nohup does SIGHUP, stay ignored.
+    doing.
     """
 
     def __init__(self, progress: Progress | None = None, end: Callable[[int, str], None] | None = None) -> None:
@@ -47,8 +56,7 @@ class StopSignals:
 
     def heed(self) -> None:
         """Begin to catch the signals."""
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self.receive) for number in heeded}
+        self._previous = {number: signal.signal(number, self.receive) for number in stop_signals()}
         self._heard, self._told = socket.socketpair()
         self._told.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
