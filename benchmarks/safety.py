@@ -17,7 +17,7 @@ import numpy as np
 
 from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, start
-from cnnmpi.train import Config, Trainer
+from cnnmpi.train import Config, set_up
 from cnnmpi.train.watchdog import INTERVAL_S, Watchdog
 
 
@@ -38,7 +38,7 @@ def main() -> int:
     ranks.on_rank0(lambda: write_hdf5(folder / "data.h5", synthetic(train=5000, test=100)))
     config = Config(model=args.model, data=str(folder / "data.h5"), threads=1, epochs=1000, out=folder / "run")
     with Watchdog(ranks, 60, 600) as watchdog:
-        trainer = Trainer(config, ranks, watchdog=watchdog)
+        trainer = set_up(config, ranks, watchdog=watchdog)
         reducers = {kind: kind(ranks, config.shards, trainer.reducer.sizes) for kind in (ExactReducer, Reducer)}
         shard = [np.full(size, 0.1, np.float32) for size in trainer.reducer.sizes]
 

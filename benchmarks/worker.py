@@ -109,12 +109,12 @@ class Trained:
 
     def __init__(self, ranks: Ranks, model: str, batch: int, threads: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
+        from cnnmpi.train import set_up
         from cnnmpi.train.config import Config
-        from cnnmpi.train.trainer import Trainer
 
         out = Path(ranks.on_rank0(lambda: self.folder.name)) / "run"
         config = Config(model=model, batch_size=batch, threads=threads, data="synthetic", out=out)
-        self.trainer = Trainer(config, ranks)
+        self.trainer = set_up(config, ranks)
 
     def step(self) -> None:
         if (self.trainer.step + 1) % self.trainer.steps_per_epoch == 0:  # an epoch's last batch may be a small one

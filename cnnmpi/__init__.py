@@ -28,7 +28,8 @@ from cnnmpi.layers import (
 )
 from cnnmpi.models import Model, SimpleCNN, SmallResNet
 from cnnmpi.optim import SGD, Adam, AdamW
-from cnnmpi.train import Config, Trainer, load_checkpoint
+from cnnmpi.rng import first_draws
+from cnnmpi.train import Config, Trainer, fit, load_checkpoint, on_all_ranks, set_up
 
 __all__ = [
     "SGD",
@@ -55,6 +56,10 @@ __all__ = [
     "Softmax",
     "Trainer",
     "cross_entropy_loss",
+    "first_draws",
+    "fit",
     "load_checkpoint",
     "load_cifar10",
+    "on_all_ranks",
+    "set_up",
 ]

@@ -1,6 +1,8 @@
 """Prove that faults change nothing: train undisturbed, then again under random faults, and compare the weights.
 
 python -m cnnmpi.chaos --faults 200 --ranks 4
+python -m cnnmpi.chaos -- --model nets.py:Net             # a network of your own
+python -m cnnmpi.chaos -- flowers.py                      # a script that calls cnnmpi.fit
 
 Each fault strikes one rank while it computes a step, evaluates or saves; then the run is resumed on another number of
 ranks. What strikes whom and when is drawn from ``--seed``; only the very instant is the machine's.
@@ -9,6 +11,7 @@ ranks. What strikes whom and when is drawn from ``--seed``; only the very instan
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -17,10 +20,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import psutil
 import tyro
@@ -32,7 +35,6 @@ from cnnmpi.distributed import UserError
 from cnnmpi.rng import generator
 from cnnmpi.train import Trainer
 from cnnmpi.train.__main__ import main as train
-from cnnmpi.train.evaluation import Evaluation
 from cnnmpi.train.folder import find_checkpoint
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
@@ -71,32 +73,17 @@ class Fault:
     delay: float
 
 
-class ChaosTrainer(Trainer):
-    """A trainer that its fault strikes, once."""
-
-    fault: ClassVar[Fault]
+def arm(fault: Fault) -> None:
+    """Let the fault strike this process, once: before the work of its rank at its place."""
     struck = False
 
-    def train_step(self) -> float:
-        """Do a step."""
-        self._meet("step")
-        return super().train_step()
-
-    def _evaluate(self) -> Evaluation | None:
-        self._meet("evaluation")
-        return super()._evaluate()
-
-    def _save(self, name: str) -> None:
-        self._meet("save")
-        super()._save(name)
-
-    def _meet(self, place: str) -> None:
-        fault = self.fault
-        if self.struck or place != fault.place or self.ranks.rank != fault.rank or self.step < fault.step:
+    def meet(place: str, run: Trainer) -> None:
+        nonlocal struck
+        if struck or place != fault.place or run.ranks.rank != fault.rank or run.step < fault.step:
             return
-        if fault.kind == "stop" and self.step > self.last_step - ENDING:
+        if fault.kind == "stop" and run.step > run.last_step - ENDING:
             return  # a process that stops after its work is done keeps mpirun waiting for ever
-        self.struck = True
+        struck = True
         if fault.kind == "exception":
             raise RuntimeError("chaos")
         if fault.kind == "exit":
@@ -105,11 +92,31 @@ class ChaosTrainer(Trainer):
         strike.daemon = True
         strike.start()
 
+    def meeting(place: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def met(run: Trainer, *arguments: Any) -> Any:
+            meet(place, run)
+            return method(run, *arguments)
 
-def worker(argv: Sequence[str]) -> int:
-    """Be a rank: train, and be struck by the fault that the first argument describes."""
-    ChaosTrainer.fault = Fault(**json.loads(argv[0]))
-    return train(argv[1:], ChaosTrainer)
+        return met
+
+    for name, place in {"train_step": "step", "_evaluate": "evaluation", "_save": "save"}.items():
+        setattr(Trainer, name, meeting(place, getattr(Trainer, name)))
+
+
+def worker(fault: str, arguments: Sequence[str]) -> int:
+    """Be a rank: train as ``arguments`` say, and be struck by the ``fault`` that is described in JSON."""
+    arm(Fault(**json.loads(fault)))
+    if not is_script(arguments):
+        return train(arguments)
+    sys.argv = list(arguments)
+    sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+    return 0
+
+
+def is_script(arguments: Sequence[str]) -> bool:
+    """Return whether what is to be trained is a script of a person's own, and its arguments."""
+    return bool(arguments) and arguments[0].endswith(".py")
 
 
 def draw_faults(seed: int, most_ranks: int) -> Iterator[tuple[int, Fault]]:
@@ -134,19 +141,22 @@ class Outcome:
 class Arena:
     """A small data set, and the jobs that train on it."""
 
-    def __init__(self, folder: Path, mpirun: str) -> None:
-        self.folder, self.mpirun, self.mark = folder, mpirun, uuid.uuid4().hex
+    def __init__(self, folder: Path, mpirun: str, arguments: Sequence[str] = ()) -> None:
+        self.folder, self.mpirun, self.arguments, self.mark = folder, mpirun, list(arguments), uuid.uuid4().hex
         self.data = folder / "data.h5"
         write_hdf5(self.data, synthetic(train=400, test=600))
 
     def run(self, out: Path, ranks: int, fault: Fault) -> Outcome:
         """Start or resume the run in ``out``. Raises UserError for a job that hangs or leaves a process behind."""
-        settings = {
-            "data": self.data, "out": out, "batch-size": 40, "epochs": 5, "threads": 1, "checkpoint-every": 2,
-            "agree-every": 3, "hang-warning": HANG_WARNING_S, "hang-limit": HANG_LIMIT_S, "resume": "auto",
+        usual = {"data": self.data, "batch-size": 40, "epochs": 5, "threads": 1}
+        given = {argument.split("=")[0].removeprefix("--") for argument in self.arguments}
+        settings = {name: value for name, value in usual.items() if name not in given} | {
+            "out": out, "checkpoint-every": 2, "agree-every": 3, "hang-warning": HANG_WARNING_S,
+            "hang-limit": HANG_LIMIT_S, "resume": "auto",
         }  # fmt: skip
         words = [self.mpirun, "-n", str(ranks)] if ranks > 1 else []
         words += [sys.executable, "-m", "cnnmpi.chaos", "--worker", json.dumps(dataclasses.asdict(fault))]
+        words += self.arguments
         words += [f"--{name}={value}" for name, value in settings.items()]
         started = time.monotonic()
         job = subprocess.Popen(
@@ -194,7 +204,7 @@ def step_of(out: Path) -> int:
 
 def result_of(outcome: Outcome, out: Path) -> str | None:
     """Return the digest of the weights that a complete run has left in ``out``; None of one that was not completed."""
-    saved = find_checkpoint("auto", out, lambda text: None) if "done: test_acc=" in outcome.output else None
+    saved = find_checkpoint("auto", out, lambda text: None) if "\ndone: test_" in outcome.output else None
     if saved is None:
         return None
     weights = {name.removeprefix("model/"): array for name, array in saved.arrays.items() if name.startswith("model/")}
@@ -210,7 +220,7 @@ def undisturbed(arena: Arena, out: Path, ranks: int) -> str:
     return result
 
 
-def chaos(config: Chaos) -> int:
+def chaos(config: Chaos, arguments: Sequence[str] = ()) -> int:
     """Do what ``Chaos`` says, print what was done, and return 0 if every run ended in the undisturbed weights."""
     if shutil.which(config.mpirun) is None:
         raise UserError(f"--mpirun {config.mpirun}: no such command; pip install 'cnnmpi[mpich]' brings mpirun")
@@ -220,7 +230,7 @@ def chaos(config: Chaos) -> int:
     results: list[str] = []
     inflicted = 0
     with tempfile.TemporaryDirectory() as name:
-        arena = Arena(Path(name), config.mpirun)
+        arena = Arena(Path(name), config.mpirun, arguments)
         expected = undisturbed(arena, Path(name) / "undisturbed", 1)
         faults = draw_faults(config.seed, config.ranks)
         while inflicted < config.faults and time.monotonic() - begun < 60 * config.minutes:
@@ -264,10 +274,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (the process's if None). Returns 0, 1 for other weights, 2 for any failure."""
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["--worker"]:
-        return worker(args[1:])
-    config = tyro.cli(Chaos, args=args, prog="cnnmpi.chaos", description=__doc__)
+        return worker(args[1], args[2:])
+    own, arguments = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+    config = tyro.cli(Chaos, args=own, prog="cnnmpi.chaos", description=__doc__)
     try:
-        return chaos(config)
+        return chaos(config, arguments)
     except UserError as error:
         print(f"cnnmpi: error: {error}", file=sys.stderr)
         return 2

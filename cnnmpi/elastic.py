@@ -1,9 +1,11 @@
 """Keep a run going: start mpirun, and start it again from the newest good checkpoint when ranks or hosts are lost.
 
 python -m cnnmpi.elastic --ranks 4 -- --model smallresnet --out runs/a
+python -m cnnmpi.elastic --ranks 4 -- flowers.py --out runs/a
 python -m cnnmpi.elastic --hosts launch/hosts.txt --min-ranks 4 -- --out runs/a      # on the hosts that answer
 
-What follows ``--`` is for cnnmpi.train. The result is that of an undisturbed run, to the bit.
+What follows ``--`` is for cnnmpi.train, or is a script of your own that calls ``cnnmpi.fit``, and its arguments. The
+result is that of an undisturbed run, to the bit.
 """
 
 import contextlib
@@ -26,7 +28,8 @@ import tyro
 from cnnmpi import console
 from cnnmpi.distributed import UserError
 from cnnmpi.machine import usable_cores
-from cnnmpi.train.config import continued, parse, resolve
+from cnnmpi.train.code import Code
+from cnnmpi.train.config import DEFAULTS, continued, parse, resolve
 from cnnmpi.train.folder import find_checkpoint
 from cnnmpi.train.signals import stop_signals
 
@@ -112,10 +115,10 @@ def shards_of(arguments: Sequence[str]) -> int:
 
     Raises UserError or SystemExit(2) for a command line that cnnmpi.train would refuse.
     """
-    asked = parse(arguments)
-    config = resolve(asked)
+    asked, code = parse(arguments), Code()
+    config = resolve(asked, code)
     saved = find_checkpoint(config.resume, config.out or Path(), lambda text: None) if config.resume else None
-    return (continued(asked, saved.run.config, saved.path) if saved else config).shards or 1
+    return (continued(asked, saved.run.config, saved.path, code) if saved else config).shards or 1
 
 
 def passed_on(number: int) -> int:
@@ -134,8 +137,12 @@ def supervise(config: Elastic, arguments: Sequence[str]) -> int:
         if job is not None:
             job.send_signal(passed_on(number))
 
-    resumed = ["--resume", "auto", *arguments]
-    shards = config.ranks or shards_of(resumed)
+    if arguments and arguments[0].endswith(".py"):  # a script; what it sets by itself only it knows
+        program, arguments = [arguments[0]], arguments[1:]
+        shards = config.ranks or parse(arguments).shards or DEFAULTS["shards"]
+    else:
+        program = ["-m", "cnnmpi.train"]
+        shards = config.ranks or shards_of(["--resume", "auto", *arguments])
     previous = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +157,7 @@ def supervise(config: Elastic, arguments: Sequence[str]) -> int:
                 start = launcher(config, ranks, hosts, Path(folder))
                 try:
                     job = subprocess.Popen(
-                        [*start, sys.executable, "-m", "cnnmpi.train", *resumed],
+                        [*start, sys.executable, *program, "--resume", "auto", *arguments],
                         start_new_session=True,  # Ctrl-C reaches it once, through forward()
                     )
                 except OSError as error:

@@ -88,7 +88,7 @@ def checkpoint_files() -> list[bytes]:
         attributes = model_attributes("simplecnn", options, model) | {
             "config": json.dumps({"lr": 0.1, "note": note}),
             "step": 3,
-            "epoch_counts": [1.5, 2.0, 3.0],
+            "epoch_sums": '{"loss": [1.5, 3.0], "acc": [2.0, 3.0]}',
             "best_test_acc": 0.5,
             "classes": ["cat", "dog", "mouse"],
             "mean": [0.5],

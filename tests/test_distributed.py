@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnmpi import Config, Trainer
+from cnnmpi import Config, set_up
 from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, RemoteError, UserError, failing_together, start
 from tests.jobs import MPIRUN, needs_mpirun
@@ -152,13 +152,13 @@ def test_shared_memory_is_free_when_a_run_is_no_longer_used(ranks, shared_tmp):
         write_hdf5(shared_tmp / "data.h5", synthetic(train=40, test=20))
     for number in range(3):
         out, settings = shared_tmp / str(number), {"batch_size": 20, "max_steps": 1, "threads": 1}
-        trainer = Trainer(Config(data=str(shared_tmp / "data.h5"), out=out, **settings), ranks)
+        trainer = set_up(Config(data=str(shared_tmp / "data.h5"), out=out, **settings), ranks)
         assert shared_maps() == before + 4, "images and labels, of two parts"
         trainer.run()
         del trainer
         assert shared_maps() == before
     with pytest.raises(UserError, match="cutout"):
-        Trainer(Config(data=str(shared_tmp / "data.h5"), out=shared_tmp / "bad", batch_size=20, cutout=99), ranks)
+        set_up(Config(data=str(shared_tmp / "data.h5"), out=shared_tmp / "bad", batch_size=20, cutout=99), ranks)
     gc.collect()
     assert shared_maps() == before
 

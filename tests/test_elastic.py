@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnmpi import Config, Trainer, elastic
+from cnnmpi import Config, elastic, set_up
 from cnnmpi.checkpoint import load
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.elastic import Elastic, answering, launcher, main, read_hosts, supervise
@@ -127,7 +127,7 @@ def test_as_many_ranks_start_as_there_are_cores_and_shards(tmp_path, monkeypatch
 
 def test_a_resumed_run_has_the_shards_of_its_checkpoint(tmp_path, data, monkeypatch):
     monkeypatch.setattr(elastic, "usable_cores", lambda: 64)
-    Trainer(Config(data=str(data), out=tmp_path / "run", batch_size=40, shards=5, max_steps=0), Ranks()).run()
+    set_up(Config(data=str(data), out=tmp_path / "run", batch_size=40, shards=5, max_steps=0), Ranks()).run()
     assert starts(tmp_path) == 5
 
 

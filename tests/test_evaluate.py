@@ -110,7 +110,7 @@ def test_images_and_classes_that_do_not_fit_are_refused():
     for given, classes, message in (
         (images.astype(np.uint16), 10, "got uint16"),
         (images[:0], 10, "there are no images"),
-        (images, 11, "the model gives 10 classes, the labels are of 11"),
+        (images, 11, "the targets are of 11 classes"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(model, given, labels[: len(given)], classes=classes, mean=MEAN, std=STD)

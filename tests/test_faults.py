@@ -41,7 +41,7 @@ STRIKING = """
 import os, re, signal, sys, time
 from pathlib import Path
 import numpy as np
-from cnnmpi.train import trainer
+from cnnmpi.train import Trainer
 from cnnmpi.train.__main__ import main
 from cnnmpi.train.watchdog import Watchdog
 SAID = Path({said!r})
@@ -53,18 +53,21 @@ def noted(self, text):
 Watchdog._say = noted
 def was_said(pattern):
     return SAID.exists() and re.search(pattern, SAID.read_text())
-class Struck(trainer.Trainer):
+class Struck:
+    usual = dict(vars(Trainer))
     def train_step(self):
         self.place = "step"
         {step}
-        return super().train_step()
+        return Struck.usual["train_step"](self)
     def _evaluate(self):
         {evaluation}
-        return super()._evaluate()
+        return Struck.usual["_evaluate"](self)
     def _save(self, name):
         {save}
-        super()._save(name)
-sys.exit(main(sys.argv[1:], Struck))
+        Struck.usual["_save"](self, name)
+for name in ("train_step", "_evaluate", "_save"):
+    setattr(Trainer, name, getattr(Struck, name))
+sys.exit(main(sys.argv[1:]))
 """
 
 

@@ -87,7 +87,7 @@ def failing(self):
 trainer.Trainer.train_step = failing
 if {unprotected}:
     import contextlib
-    import cnnmpi.distributed.job as d, cnnmpi.train.__main__ as m
+    import cnnmpi.distributed.job as d, cnnmpi.train.entry as m
     m.failing_together = lambda ranks: contextlib.nullcontext()
     d._install_hooks = lambda ranks: None
 sys.exit(main(sys.argv[1:]))

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import tomli_w
 
-import cnnmpi.train.__main__ as command_line
-from cnnmpi import checkpoint, functional, layers
+from cnnmpi import checkpoint, functional, layers, load_checkpoint
 from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, UserError
-from cnnmpi.models import MODELS, Model
+from cnnmpi.models import Model
 from cnnmpi.rng import generator
-from cnnmpi.train import Config, Trainer
+from cnnmpi.train import Config, Trainer, entry, fit, set_up
+from cnnmpi.train.code import Code
 from cnnmpi.train.config import parse
 
 torch = pytest.importorskip("torch")
@@ -64,6 +64,13 @@ class SmallNet(Model):
 
 class OtherNet(SmallNet):
     pass
+
+
+NETWORKS = {"simplecnn": SmallNet, "smallresnet": OtherNet}
+
+
+def new(config: Config, ranks: Ranks, **networks: Any) -> Trainer:
+    return set_up(config, ranks, Code(NETWORKS | networks))
 
 
 # -- the twin ----------------------------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ class Bench:
         return Config(**{**PLAIN, "data": str(path), "out": self.folder / "run", **settings})
 
     def trainer(self, ranks: Ranks | None = None, **settings: Any) -> Trainer:
-        return Trainer(self.config(**settings), ranks or Ranks())
+        return new(self.config(**settings), ranks or Ranks())
 
     def finished(self, **settings: Any) -> Trainer:
         trainer = self.trainer(**settings)
@@ -188,8 +195,6 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path, monkeypatch) -> Bench:
-    monkeypatch.setitem(MODELS, "simplecnn", SmallNet)
-    monkeypatch.setitem(MODELS, "smallresnet", OtherNet)
     return Bench(tmp_path, monkeypatch)
 
 
@@ -322,14 +327,14 @@ def receives_the_files(bench: Bench, field: str, value: Any) -> None:
 def goes_on(bench: Bench, field: str, value: Any) -> None:
     whole = bench.finished(momentum=0.9, out=bench.folder / "whole")
     part = bench.finished(momentum=0.9, max_steps=3).out
-    copied = Trainer(Config(resume=str(part / "last.h5"), out=bench.folder / "other"), Ranks())
+    copied = new(Config(resume=str(part / "last.h5"), out=bench.folder / "other"), Ranks())
     assert copied.step == 3
-    resumed = Trainer(Config(resume=value, out=part), Ranks())
+    resumed = new(Config(resume=value, out=part), Ranks())
     assert resumed.step == 3
     for trainer in (copied, resumed):
         assert trainer.run() == 0
         assert largest_difference(trainer.model.state_dict(), whole.model.state_dict()) == 0
-    assert Trainer(Config(resume=None, out=part), Ranks()).step == 0
+    assert bench.trainer(resume=None, out=part).step == 0
 
 
 def saves(bench: Bench, field: str, value: Any) -> None:
@@ -389,24 +394,93 @@ def decides(bench: Bench, field: str, value: Any) -> None:
 def reaches_the_watchdog(bench: Bench, field: str, value: Any) -> None:
     made = []
 
-    class Watching(command_line.Watchdog):
+    class Watching(entry.Watchdog):
         def __init__(self, ranks: Ranks, warning_s: float, limit_s: float, *more: Any) -> None:
             made.append((warning_s, limit_s))
             super().__init__(ranks, warning_s, limit_s, *more)
 
-    class Nothing:
-        def __init__(self, *arguments: Any) -> None:
-            pass
-
-        def run(self) -> int:
-            return 0
-
-    bench.patch.setattr(command_line, "start", Ranks)
-    bench.patch.setattr(command_line, "Watchdog", Watching)
+    bench.patch.setattr(entry, "Watchdog", Watching)
+    bench.trainer()
     flag = "--" + field.replace("_", "-")
-    assert command_line.main([flag, str(value)], Nothing) == 0
+    argv = [flag, str(value), "--data", str(bench.folder / "data.h5"), "--max-steps", "0"]
+    assert fit(SmallNet, argv=[*argv, "--out", str(bench.folder / "watched")]) == 0
     usual = {"hang_warning": 60, "hang_limit": 600}
     assert made == [tuple((usual | {field: value}).values())]
+
+
+class WideNet(SmallNet):
+    """The small network with another number of channels."""
+
+    def __init__(self, width=4, **options):
+        super().__init__(**options)
+        draw = np.random.default_rng(1)
+        self.conv = layers.Conv2d(3, width, 3, 2, bias=False, rng=draw)
+        self.norm = layers.BatchNorm(width)
+        self.head = layers.Linear(width * 7 * 7, 10, rng=draw)
+
+
+def reach_the_constructor(bench: Bench, field: str, value: Any) -> None:
+    config = bench.config(model_options=value)
+    trainer = new(config, Ranks(), simplecnn=WideNet)
+    assert trainer.run() == 0 and trainer.model.conv.out_c == value["width"]
+    loaded = load_checkpoint(trainer.out / "last.h5", model=WideNet)
+    assert largest_difference(loaded.state_dict(), trainer.model.state_dict()) == 0
+    resumed = new(Config(resume="auto", out=trainer.out), Ranks(), simplecnn=WideNet)
+    assert resumed.model.conv.out_c == value["width"]
+
+
+def lends_its_weights(bench: Bench, field: str, value: Any) -> None:
+    """A run from the weights of another, but for the head, which has another shape there."""
+    other = new(bench.config(out=bench.folder / "other", max_steps=2), Ranks())
+    assert other.run() == 0
+    arrays, attributes = checkpoint.load(other.out / "last.h5")
+    arrays["model/head.weight"] = arrays["model/head.weight"][:3]
+    checkpoint.save(bench.folder / value, arrays, attributes)
+    begun = bench.trainer(init=str(bench.folder / value)).model.state_dict()
+    fresh = SmallNet(seed=PLAIN["seed"]).state_dict()
+    for name, array in begun.items():
+        expected = fresh[name] if name == "head.weight" else other.model.state_dict()[name]
+        assert np.array_equal(array, expected), name
+    assert not np.array_equal(begun["conv.weight"], fresh["conv.weight"])
+
+
+def halved(logits: np.ndarray, targets: np.ndarray, reduction: str = "mean") -> tuple[float, np.ndarray]:
+    """A loss of one's own: half of the cross-entropy, so that it trains as half the rate does."""
+    loss, dlogits = functional.cross_entropy_loss(logits, targets, reduction=reduction)
+    return loss / 2, dlogits / 2
+
+
+def is_minimised(bench: Bench, field: str, value: Any) -> None:
+    def trained(**settings: Any) -> dict[str, np.ndarray]:
+        trainer = set_up(bench.config(**settings), Ranks(), Code(NETWORKS | {value: halved}))
+        assert trainer.run() == 0
+        return trainer.model.state_dict()
+
+    at_half_the_rate = trained_by_torch(images(), {**PLAIN, "lr": PLAIN["lr"] / 2})
+    assert largest_difference(trained(loss=value), at_half_the_rate) < TOLERANCE
+    assert largest_difference(trained(loss="cross_entropy", out=bench.folder / "b"), at_half_the_rate) > 10 * TOLERANCE
+
+
+def brightened(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An augmentation of one's own."""
+    assert images.dtype == np.uint8
+    return images // 2 + rng.integers(0, 100, (len(images), 1, 1, 1)).astype(np.uint8)
+
+
+def changes_the_images(bench: Bench, field: str, value: Any) -> None:
+    def batches(**settings: Any) -> list[np.ndarray]:
+        trainer = set_up(bench.config(**settings), Ranks(), Code(NETWORKS | {value: brightened}))
+        return [trainer.loader.batch(step, shard)[0] for step in range(2) for shard in range(2)]
+
+    plain, changed = batches(out=bench.folder / "b"), batches(augment=value)
+    loader = bench.trainer(out=bench.folder / "c").loader
+    for number, (one, other) in enumerate(zip(plain, changed, strict=True)):
+        step, shard = divmod(number, 2)
+        mean, std = (np.reshape(a, (3, 1, 1)) for a in (loader.mean, loader.std))
+        pixels = np.rint((one * std + mean) * 255).astype(np.uint8)
+        draws = generator(PLAIN["seed"], "augment", step, shard + 1)
+        expected = (brightened(pixels, draws) / 255 - mean) / std
+        np.testing.assert_allclose(other, expected, atol=1e-5)  # float32 against float64, on numbers of order 1
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -414,6 +488,9 @@ def reaches_the_watchdog(bench: Bench, field: str, value: Any) -> None:
 # field: (a value that is not the usual one, what it does)
 ROWS: dict[str, list[tuple[Any, Check]]] = {
     "model": [("smallresnet", is_built)],
+    "model_options": [({"width": 6}, reach_the_constructor)],
+    "init": [("begin.h5", lends_its_weights)],
+    "loss": [("own.py:halved", is_minimised)],
     "epochs": [(3, like_torch(schedule="linear")), (3, are_reported)],
     "max_steps": [(3, end_the_run)],
     "batch_size": [(16, like_torch())],
@@ -433,6 +510,7 @@ ROWS: dict[str, list[tuple[Any, Check]]] = {
     "flip": [(True, like_torch())],
     "crop": [(3, like_torch())],
     "cutout": [(5, like_torch())],
+    "augment": [("own.py:brightened", changes_the_images)],
     "seed": [(6, keys_every_draw)],
     "backend": [("torch", computes_in_torch)],
     "device": [("cuda:1", is_asked_of_torch)],
@@ -472,7 +550,8 @@ def test_a_setting_has_a_flag_and_a_key(field, tmp_path):
     path = tmp_path / "settings.toml"
     path.write_text(tomli_w.dumps({field: str(value) if isinstance(value, Path) else value}))
     flag = "--" + field.replace("_", "-")
-    for argv in (["--no-flip"] if field == "flip" else [flag, str(value)], ["--config", str(path)]):
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    for argv in (["--no-flip"] if field == "flip" else [flag, text], ["--config", str(path)]):
         config = parse(argv)
         assert getattr(config, field) == value
         assert [name for name in FIELDS if getattr(config, name) != getattr(usual, name)] == [field]
@@ -490,10 +569,9 @@ def test_all_ranks_start_from_the_weights_and_statistics_of_the_first(ranks, sha
             super().__init__(seed=seed + ranks.rank, **options)
             self.norm.buffers["running_mean"][...] = ranks.rank
 
-    monkeypatch.setitem(MODELS, "simplecnn", Own)
     ranks.on_rank0(lambda: write_hdf5(shared_tmp / "data.h5", images()))
     config = Config(**{**PLAIN, "shards": 8, "data": str(shared_tmp / "data.h5"), "out": shared_tmp / "run"})
-    trainer = Trainer(config, ranks)
+    trainer = new(config, ranks, simplecnn=Own)
     assert largest_difference(trainer.model.state_dict(), SmallNet(seed=PLAIN["seed"]).state_dict()) == 0
     digests = ranks.gather(checkpoint.weights_digest(trainer.model.state_dict()))
     assert len(set(digests)) == 1
@@ -504,6 +582,6 @@ def test_a_resumed_run_keeps_the_best_checkpoint_until_it_is_better(bench):
     arrays, attributes = checkpoint.load(out / "last.h5")
     best = checkpoint.load(out / "best.h5")[1]["step"]
     checkpoint.save(out / "last.h5", arrays, {**attributes, "best_test_acc": 1.0})  # no epoch can be better
-    assert Trainer(Config(out=out, resume="auto"), Ranks()).run() == 0
+    assert new(Config(out=out, resume="auto"), Ranks()).run() == 0
     assert checkpoint.load(out / "best.h5")[1]["step"] == best == 2
     assert checkpoint.load(out / "last.h5")[1]["best_test_acc"] == 1.0

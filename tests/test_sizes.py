@@ -13,7 +13,6 @@ from cnnmpi import (
     MaxPool2d,
     SimpleCNN,
     SmallResNet,
-    Trainer,
 )
 from cnnmpi.data import cutout, normalize, random_horizontal_flip
 from cnnmpi.data.augment import to_unit
@@ -21,6 +20,7 @@ from cnnmpi.distributed import Ranks
 from cnnmpi.functional.init import fans
 from cnnmpi.layers import Whitening
 from cnnmpi.sizes import pair, whole
+from cnnmpi.train import set_up
 
 KINDS = [np.uint8, np.int8, np.uint16, np.int32, np.int64]
 
@@ -107,7 +107,7 @@ def test_flips_that_are_no_answers_are_refused():
 def test_settings_may_be_numpys(tmp_path):
     given = {"batch_size": np.uint8(200), "epochs": np.int64(1), "seed": np.int32(3), "max_steps": np.int8(1)}
     given |= {"lr": np.float64(0.1), "crop": np.uint16(2), "shards": np.int64(2), "flip": np.True_}
-    config = Trainer(Config(data="synthetic", out=tmp_path / "run", **given), Ranks()).config
+    config = set_up(Config(data="synthetic", out=tmp_path / "run", **given), Ranks()).config
     for key, value in given.items():
         assert getattr(config, key) == value and type(getattr(config, key)) is type(value.item())
     assert "batch_size = 200\n" in (tmp_path / "run" / "config.toml").read_text()

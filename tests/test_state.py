@@ -1,6 +1,7 @@
 """What a checkpoint must hold for a model, or a run, to come back from it."""
 
 import json
+import math
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ OPTIONS: dict[str, Any] = {"in_channels": 2, "num_classes": 3, "image_size": [6,
 RUN: dict[str, Any] = {
     "config": '{"lr": 0.1}',
     "step": 3,
-    "epoch_counts": [1.5, 2.0, 3.0],
+    "epoch_sums": '{"loss": [1.5, 3.0], "acc": [2.0, 3.0], "top5": [2.5, 3.0]}',
     "best_test_acc": 0.5,
     "data_sha256": "0" * 64,
     "data_source": "somewhere",
@@ -127,9 +128,9 @@ def test_channels_and_classes_that_a_small_file_lists_do_not_make_a_large_model(
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model": 3}, "holds the model 3"),
-        ({"model": ["simplecnn"]}, "holds the model"),
-        ({"model": None}, "holds the model None"),
+        ({"model": 3}, "holds no model"),
+        ({"model": ["simplecnn"]}, "holds no model"),
+        ({"model": None}, "holds no model"),
         ({"model": "x" * 5000}, "holds the model"),
         ({"model_options": None}, "lacks model_options"),
         ({"model_options": DEEP}, "nested too deeply"),
@@ -160,16 +161,34 @@ def test_what_does_not_describe_a_model_is_refused(tmp_path: Path, changed: dict
 
 def test_the_progress_of_a_run_comes_back(tmp_path: Path) -> None:
     read = progress(saved(tmp_path / "a.h5"))
-    assert (read.config, read.step, read.epoch_counts) == ({"lr": 0.1}, 3, [1.5, 2.0, 3.0])
-    assert (read.best_test_acc, read.data_sha256, read.data_source) == (0.5, "0" * 64, "somewhere")
-    assert progress(saved(tmp_path / "a.h5", best_test_acc=-1.0)).best_test_acc == -1
+    assert (read.config, read.step) == ({"lr": 0.1}, 3)
+    assert read.epoch_sums == {"loss": [1.5, 3.0], "acc": [2.0, 3.0], "top5": [2.5, 3.0]}
+    assert (read.best, read.data_sha256, read.data_source) == (0.5, "0" * 64, "somewhere")
+    assert progress(saved(tmp_path / "a.h5", best_test_acc=-1.0)).best == -1
+
+
+def test_the_progress_of_a_run_without_accuracy_comes_back(tmp_path: Path) -> None:
+    assert progress(saved(tmp_path / "a.h5", best_test_acc=None, best_test_loss=0.25)).best == -0.25
+    assert progress(saved(tmp_path / "a.h5", best_test_acc=None)).best == -math.inf
+
+
+def test_the_progress_of_a_run_of_version_0_1_comes_back(tmp_path: Path) -> None:
+    read = progress(saved(tmp_path / "a.h5", epoch_sums=None, epoch_counts=[1.5, 2.0, 3.0]))
+    assert read.epoch_sums == {"loss": [1.5, 3.0], "acc": [2.0, 3.0]}
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        *[({name: None}, f"lacks {name}") for name in RUN],
+        *[({name: None}, f"lacks {name}") for name in RUN if name != "best_test_acc"],
+        ({"epoch_sums": "{"}, "epoch_sums cannot be used"),
+        ({"epoch_sums": '{"loss": 3}'}, "epoch_sums is"),
+        ({"epoch_sums": '{"loss": [1, 2, 3]}'}, "epoch_sums is"),
+        ({"epoch_sums": '{"loss": [1, -2]}'}, "epoch_sums is"),
+        ({"epoch_sums": '{"loss": ["a", "b"]}'}, "epoch_sums is"),
+        ({"sources": '{"model": 3}'}, "sources is"),
+        ({"best_test_acc": None, "best_test_loss": "low"}, "best_test_loss is"),
         ({"config": DEEP}, "nested too deeply"),
         ({"config": '{"a": 1' + "0" * 5000 + "}"}, "config cannot be used"),
         ({"config": '{"lr": Infinity}'}, "Infinity is no number"),

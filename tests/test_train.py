@@ -18,9 +18,10 @@ from cnnmpi import checkpoint, layers, load_checkpoint
 from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, RemoteError, UserError
 from cnnmpi.functional import blocks, cross_entropy_loss, whitening
-from cnnmpi.models import MODELS, Model, SimpleCNN, SmallResNet
-from cnnmpi.train import Config, Trainer, evaluate, evaluation
+from cnnmpi.models import Model, SimpleCNN, SmallResNet
+from cnnmpi.train import Config, Trainer, evaluate, evaluation, set_up
 from cnnmpi.train import config as settings
+from cnnmpi.train.code import Code
 from cnnmpi.train.team import Team
 
 SMALL = {"batch_size": 24, "shards": 4, "epochs": 2, "threads": 1, "seed": 5, "lr": 0.05, "warmup": 0.0, "crop": 4}
@@ -53,10 +54,11 @@ class NarrowResNet(SmallResNet):
         super().__init__(**options, widths=(24, 24, 24, 10))  # by Winograd, but the 2x2 images of the last unit
 
 
-@pytest.fixture(autouse=True)
-def test_models(monkeypatch):
-    monkeypatch.setitem(MODELS, "simplecnn", DropoutNet)
-    monkeypatch.setitem(MODELS, "smallresnet", NarrowResNet)
+NETWORKS = {"simplecnn": DropoutNet, "smallresnet": NarrowResNet}
+
+
+def new(config: Config, ranks: Ranks, **networks) -> Trainer:
+    return set_up(config, ranks, Code(NETWORKS | networks))
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def data(ranks, shared_tmp) -> str:
 
 
 def train(out: Path, ranks: Ranks, **options) -> Trainer:
-    trainer = Trainer(Config(**{**SMALL, "out": out, **options}), ranks)
+    trainer = new(Config(**{**SMALL, "out": out, **options}), ranks)
     assert trainer.run() == 0
     return trainer
 
@@ -114,10 +116,10 @@ def test_resume_on_other_ranks_in_the_middle_of_an_epoch(ranks, shared_tmp, tmp_
     if (shared_tmp / "run" / "metrics.jsonl").exists():
         (copy / "metrics.jsonl").write_bytes((shared_tmp / "run" / "metrics.jsonl").read_bytes())
     ranks.gather(None)
-    alone = Trainer(Config(out=copy, resume="auto"), Ranks())
+    alone = new(Config(out=copy, resume="auto"), Ranks())
     assert alone.step == stop and alone.run() == 0
     assert state(alone) == state(whole)
-    together = Trainer(Config(out=shared_tmp / "run", resume="auto"), ranks)
+    together = new(Config(out=shared_tmp / "run", resume="auto"), ranks)
     assert together.run() == 0
     assert state(together) == state(whole)
     lines = [json.loads(line) for line in (alone.out / "metrics.jsonl").read_text().splitlines()]
@@ -143,7 +145,7 @@ def test_threads_do_not_change_a_bit(tmp_path, data, model, backend, monkeypatch
 @pytest.mark.parametrize("batch_size, shards", [(101, 8), (500, 3), (1, 2), (7, 7)])
 def test_sizes_that_do_not_divide(tmp_path, data, batch_size, shards):
     """Every sample counts once: the training counts of an epoch add up, whatever the sizes."""
-    trainer = Trainer(
+    trainer = new(
         Config(
             **{**SMALL, "batch_size": batch_size, "shards": shards, "epochs": 1, "data": data, "out": tmp_path / "r"}
         ),
@@ -151,7 +153,7 @@ def test_sizes_that_do_not_divide(tmp_path, data, batch_size, shards):
     )
     while trainer.step < trainer.last_step:
         trainer.train_step()
-    assert trainer.epoch_counts[2] == 101
+    assert trainer.epoch_sums[1] == 101
 
 
 def test_what_is_fixed_stays_as_it_is_to_the_bit(tmp_path, data):
@@ -162,11 +164,11 @@ def test_what_is_fixed_stays_as_it_is_to_the_bit(tmp_path, data):
 
 @pytest.mark.mpi(min_size=1)
 @pytest.mark.parametrize("batch_size, shards", [(40, 8), (500, 7)])
-def test_a_steps_gradient_is_the_mean_over_the_whole_batch(ranks, shared_tmp, data, batch_size, shards, monkeypatch):
+def test_a_steps_gradient_is_the_mean_over_the_whole_batch(ranks, shared_tmp, data, batch_size, shards):
     """Not the mean of the shards' or the ranks' means: the last batch has 21 images, shards of 3 and 2."""
-    monkeypatch.setitem(MODELS, "simplecnn", SimpleCNN)  # without dropout and BatchNorm its parts add up to the whole
     options = {"batch_size": batch_size, "shards": shards, "data": data, "epochs": 1, "weight_decay": 0.0}
-    trainer = Trainer(Config(**{**SMALL, **options, "out": shared_tmp / "run"}), ranks)
+    config = Config(**{**SMALL, **options, "out": shared_tmp / "run"})
+    trainer = new(config, ranks, simplecnn=SimpleCNN)  # without dropout and BatchNorm its parts add up to the whole
     reference = SimpleCNN(image_size=16)
     while trainer.step < trainer.last_step:
         reference.load_state_dict(trainer.model.state_dict())
@@ -201,7 +203,7 @@ def test_other_engines_and_reductions_train_alike(tmp_path, data, options):
     ],
 )
 def test_schedules_reach_the_optimizer(tmp_path, data, schedule, rates):
-    trainer = Trainer(Config(**{**SMALL, "data": data, "out": tmp_path / "r", "schedule": schedule}), Ranks())
+    trainer = new(Config(**{**SMALL, "data": data, "out": tmp_path / "r", "schedule": schedule}), Ranks())
     seen = []
     for _ in range(10):
         trainer.train_step()
@@ -214,13 +216,13 @@ def test_evaluation_counts_each_image_once(ranks, shared_tmp, data, monkeypatch)
     monkeypatch.setattr(evaluation, "BATCH", 5)  # batches and their last one on every rank
     trainer = train(shared_tmp / "run", ranks, data=data, epochs=1)
     images, labels = tiny().test_images, tiny().test_labels
-    options = {"classes": 10, "mean": trainer.data.mean, "std": trainer.data.std}
+    options = {"classes": 10, "mean": trainer.loader.mean, "std": trainer.loader.std}
     spread, alone = (evaluate(trainer.team, images, labels, **options, ranks=r) for r in (ranks, None))
     assert spread.confusion.sum() == 33 and (spread.confusion == alone.confusion).all() and spread.loss == alone.loss
     assert spread.confusion.sum(axis=1).tolist() == np.bincount(labels, minlength=10).tolist()
     assert spread.accuracy == np.trace(spread.confusion) / 33
     with trainer.model.evaluating():  # all at once, by hand
-        mean, std = (np.reshape(values, (1, 3, 1, 1)) for values in (trainer.data.mean, trainer.data.std))
+        mean, std = (np.reshape(values, (1, 3, 1, 1)) for values in (trainer.loader.mean, trainer.loader.std))
         z = trainer.model.forward(((images / 255 - mean) / std).astype(np.float32)).astype(np.float64)
     losses = np.log(np.exp(z).sum(axis=1)) - z[np.arange(33), labels]
     assert abs(spread.loss - losses.mean()) < 1e-5  # float32 against float64
@@ -232,7 +234,7 @@ def test_evaluation_counts_each_image_once(ranks, shared_tmp, data, monkeypatch)
 @pytest.mark.mpi(min_size=1)
 def test_a_stop_of_one_rank_stops_all_at_the_same_step_and_resumes_to_the_bit(ranks, shared_tmp, tmp_path, data):
     whole = train(tmp_path / "whole", Ranks(), data=data)
-    trainer = Trainer(Config(**{**SMALL, "out": shared_tmp / "run", "data": data}), ranks)
+    trainer = new(Config(**{**SMALL, "out": shared_tmp / "run", "data": data}), ranks)
     original = trainer.loader.batch
 
     def batch(step, shard):
@@ -243,16 +245,16 @@ def test_a_stop_of_one_rank_stops_all_at_the_same_step_and_resumes_to_the_bit(ra
     trainer.loader.batch = batch
     assert trainer.run() == 75
     assert ranks.gather(trainer.step) == [7] * ranks.size
-    resumed = Trainer(Config(out=shared_tmp / "run", resume="auto"), ranks)
+    resumed = new(Config(out=shared_tmp / "run", resume="auto"), ranks)
     assert resumed.step == 7 and resumed.run() == 0
     assert state(resumed) == state(whole)
 
 
 def test_load_checkpoint_gives_the_trained_model(tmp_path, data):
     trainer = train(tmp_path / "run", Ranks(), data=data)
-    model = load_checkpoint(tmp_path / "run" / "last.h5")
+    model = load_checkpoint(tmp_path / "run" / "last.h5", model=DropoutNet)
     assert not model.training
-    assert model.info.classes == list(trainer.dataset.classes) and model.info.mean == list(trainer.data.mean)
+    assert model.info.classes == list(trainer.dataset.classes) and model.info.mean == list(trainer.loader.mean)
     x = np.random.default_rng(0).standard_normal((3, 3, 16, 16)).astype(np.float32)
     trainer.model.eval()
     np.testing.assert_array_equal(model.forward(x), trainer.model.forward(x))
@@ -283,14 +285,14 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, data,
     blob = bytearray((run / "last.h5").read_bytes())
     blob[len(blob) // 2] ^= 1
     (run / "last.h5").write_bytes(blob)
-    trainer = Trainer(Config(out=run, resume="auto"), Ranks())
+    trainer = new(Config(out=run, resume="auto"), Ranks())
     assert "last.h5" in capsys.readouterr().out
     assert trainer.step == 6 and trainer.run() == 0
     assert state(trainer) == state(whole)
     (run / "last.h5").write_bytes(blob)
     (run / "previous.h5").write_bytes(blob)
     with pytest.raises(UserError, match="no checkpoint in it is good"):
-        Trainer(Config(out=run, resume="auto"), Ranks())
+        new(Config(out=run, resume="auto"), Ranks())
 
 
 @pytest.mark.mpi(min_size=1)
@@ -303,7 +305,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, data,
         ({"label_smoothing": 1.0}, "--label-smoothing must be below 1"),
         ({"device": "cuda"}, "--device cuda needs --backend torch"),
         ({"lr": "fast"}, "--lr must be float, got 'fast'"),
-        ({"model": "vgg"}, "--model must be one of simplecnn, smallresnet, got 'vgg'"),
+        ({"model": "vgg"}, "--model must be one of simplecnn, smallresnet, or FILE.py:CLASS"),
         ({"epochs": 2.5}, "--epochs must be int, got 2.5"),
         ({"data": "nowhere.h5"}, "nowhere.h5"),
         ({"resume": "nowhere.h5"}, "nowhere.h5"),
@@ -311,7 +313,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, data,
 )
 def test_bad_settings_are_one_clear_error_on_all_ranks(ranks, shared_tmp, options, message):
     with pytest.raises((UserError, RemoteError)) as error:
-        Trainer(Config(**{**SMALL, "out": shared_tmp / "run", **options}), ranks)
+        new(Config(**{**SMALL, "out": shared_tmp / "run", **options}), ranks)
     if ranks.rank == 0:
         assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -319,7 +321,7 @@ def test_bad_settings_are_one_clear_error_on_all_ranks(ranks, shared_tmp, option
 @pytest.mark.mpi(min_size=2)
 def test_more_ranks_than_shards_says_which_value_to_use(ranks, shared_tmp):
     with pytest.raises(UserError, match=f"--shards {ranks.size}"):
-        Trainer(Config(**{**SMALL, "shards": ranks.size - 1, "out": shared_tmp / "r"}), ranks)
+        new(Config(**{**SMALL, "shards": ranks.size - 1, "out": shared_tmp / "r"}), ranks)
 
 
 @pytest.mark.fault
@@ -328,12 +330,12 @@ def test_resume_refuses_what_contradicts_the_checkpoint(tmp_path, data, ranks):
     train(run, Ranks(), data=data, max_steps=1)
     config = Config(out=run, resume="auto", lr=0.3, seed=1, shards=4)
     with pytest.raises(UserError) as error:
-        Trainer(config, Ranks())
+        new(config, Ranks())
     text = str(error.value)
     assert "--lr 0.3 (the run has 0.05)" in text and "--seed 1 (the run has 5)" in text and "--shards" not in text
     write_hdf5(tmp_path / "other.h5", tiny(90, 30))
     with pytest.raises(UserError, match="other data"):
-        Trainer(Config(out=run, resume="auto", data=str(tmp_path / "other.h5")), Ranks())
+        new(Config(out=run, resume="auto", data=str(tmp_path / "other.h5")), Ranks())
 
 
 @pytest.mark.fault
@@ -342,16 +344,17 @@ def test_a_resume_takes_how_it_runs_from_who_resumes_and_what_it_computes_from_t
     run = shared_tmp / "run"
     train(run, ranks, data=data, max_steps=4, checkpoint_every=2)
     with pytest.raises(UserError, match=r"--lr 0\.5 \(the run has 0\.05\)"):
-        Trainer(Config(out=run, resume="auto", max_steps=6, lr=0.5), ranks)
+        new(Config(out=run, resume="auto", max_steps=6, lr=0.5), ranks)
     with pytest.raises(UserError, match=r"--flip False \(the run has True\)"):
-        Trainer(Config(out=run, resume="auto", flip=False), ranks)
-    trainer = Trainer(Config(out=run, resume="auto", max_steps=6, lr=0.05, threads=2, agree_every=3), ranks)
+        new(Config(out=run, resume="auto", flip=False), ranks)
+    trainer = new(Config(out=run, resume="auto", max_steps=6, lr=0.05, threads=2, agree_every=3), ranks)
     config = trainer.config
     assert (config.max_steps, config.threads, config.agree_every, config.checkpoint_every) == (6, 2, 3, 0)
     assert (config.seed, config.shards, config.batch_size, config.lr) == (5, 4, 24, 0.05)
     assert trainer.run() == 0 and trainer.step == 6
     kept = json.loads(checkpoint.load(run / "last.h5")[1]["config"])
-    assert set(kept) == {item.name for item in dataclasses.fields(settings.Experiment)}
+    left_out = {"model_options", "init", "augment"}
+    assert set(kept) == {item.name for item in dataclasses.fields(settings.Experiment)} - left_out
 
 
 @pytest.mark.fault
@@ -361,10 +364,10 @@ def test_an_end_before_the_step_that_was_reached_is_refused_and_leaves_all_as_it
     train(run, ranks, data=data, max_steps=6)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(UserError, match=r"--max-steps 3 comes too late: .* is at step 6 of 10; name a larger number"):
-        Trainer(Config(out=run, resume="auto", max_steps=3), ranks)
+        new(Config(out=run, resume="auto", max_steps=3), ranks)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    assert Trainer(Config(out=run, resume="auto", max_steps=6), ranks).run() == 0
-    resumed = Trainer(Config(out=run, resume="auto", max_steps=1000), ranks)
+    assert new(Config(out=run, resume="auto", max_steps=6), ranks).run() == 0
+    resumed = new(Config(out=run, resume="auto", max_steps=1000), ranks)
     assert resumed.run() == 0 and resumed.step == 10, "epochs end it all the same"
     assert state(resumed) == state(train(tmp_path / "whole", Ranks(), data=data))
 
@@ -377,7 +380,7 @@ def test_a_checkpoint_beyond_the_end_of_its_run_is_refused(tmp_path, data):
     del attributes["format_version"]
     checkpoint.save(run / "last.h5", arrays, attributes | {"step": 11})
     with pytest.raises(UserError, match="is at step 11 of 10; it was not written by this program"):
-        Trainer(Config(out=run, resume="auto"), Ranks())
+        new(Config(out=run, resume="auto"), Ranks())
 
 
 def lines(out: Path) -> list[dict]:
@@ -393,7 +396,7 @@ def lines(out: Path) -> list[dict]:
 @pytest.mark.parametrize("before", ["best.h5", "last.h5"])
 def test_a_crash_at_an_epochs_end_loses_no_line_and_doubles_none(tmp_path, data, before):
     whole = train(tmp_path / "whole", Ranks(), data=data)
-    trainer = Trainer(Config(**{**SMALL, "data": data, "out": tmp_path / "run", "checkpoint_every": 4}), Ranks())
+    trainer = new(Config(**{**SMALL, "data": data, "out": tmp_path / "run", "checkpoint_every": 4}), Ranks())
     save = trainer.folder.save
 
     def crashing(name, content):
@@ -405,7 +408,7 @@ def test_a_crash_at_an_epochs_end_loses_no_line_and_doubles_none(tmp_path, data,
     with pytest.raises(RuntimeError, match="power"):
         trainer.run()
     for _ in range(2):  # the second time nothing is left to do
-        resumed = Trainer(Config(out=tmp_path / "run", resume="auto"), Ranks())
+        resumed = new(Config(out=tmp_path / "run", resume="auto"), Ranks())
         assert resumed.run() == 0 and state(resumed) == state(whole)
     keys = ("epoch", "step", "train_loss", "train_acc", "test_loss", "test_acc", "lr")
     ours, theirs = ([[line[key] for key in keys] for line in lines(out)] for out in (tmp_path / "run", whole.out))
@@ -417,7 +420,7 @@ def test_a_crash_at_an_epochs_end_loses_no_line_and_doubles_none(tmp_path, data,
 @pytest.mark.fault
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_is_null_in_the_metrics_and_never_the_best(tmp_path, data, loss):
-    trainer = Trainer(Config(**{**SMALL, "data": data, "out": tmp_path / "run"}), Ranks())
+    trainer = new(Config(**{**SMALL, "data": data, "out": tmp_path / "run"}), Ranks())
     evaluate_all = trainer._evaluate
 
     def spoilt():
@@ -443,7 +446,7 @@ def test_damaged_metrics_are_mended_on_resume(ranks, shared_tmp, data, capsys):
         (run / "metrics.jsonl").write_bytes(b"\n".join(damage) + b"\n" + whole + whole[: len(whole) // 2])
     ranks.gather(None)
     capsys.readouterr()
-    Trainer(Config(out=run, resume="auto"), ranks)
+    new(Config(out=run, resume="auto"), ranks)
     if ranks.rank == 0:
         assert (run / "metrics.jsonl").read_bytes() == whole
         assert capsys.readouterr().out.count("dropped a damaged line") == len(damage) + 1
@@ -460,7 +463,7 @@ def test_a_resume_on_a_full_disk_is_one_line_on_rank_0_and_ends_all(ranks, share
 
     monkeypatch.setattr("cnnmpi.train.report.write_atomically", full)
     with pytest.raises((UserError, RemoteError)) as error:  # the line of step 7 has to go
-        Trainer(Config(out=run, resume="auto"), ranks)
+        new(Config(out=run, resume="auto"), ranks)
     if ranks.rank == 0:
         assert "metrics.jsonl: cannot be written: No space left" in str(error.value)
 
@@ -473,7 +476,7 @@ def test_a_resume_on_a_full_disk_is_one_line_on_rank_0_and_ends_all(ranks, share
 def test_a_diverging_run_stops_with_a_finite_checkpoint(tmp_path, data, lr, message):
     out = tmp_path / "run"
     config = Config(**{**SMALL, "data": data, "out": out, "lr": lr, "schedule": "constant", "checkpoint_every": 1})
-    trainer = Trainer(config, Ranks())
+    trainer = new(config, Ranks())
     with np.errstate(all="ignore"), warnings.catch_warnings(), pytest.raises(UserError, match=message):
         warnings.simplefilter("ignore")
         trainer.run()
@@ -484,17 +487,17 @@ def test_a_diverging_run_stops_with_a_finite_checkpoint(tmp_path, data, lr, mess
 @pytest.mark.fault
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path, data):
     config = Config(**{**SMALL, "data": data, "out": tmp_path / "run"})
-    first = Trainer(config, Ranks())
+    first = new(config, Ranks())
     with pytest.raises(UserError, match="another job is training there"):
-        Trainer(config, Ranks())
+        new(config, Ranks())
     assert first.run() == 0
-    assert Trainer(config, Ranks()).run() == 0
+    assert new(config, Ranks()).run() == 0
 
 
 def test_a_stop_at_the_end_of_an_epoch_loses_nothing(tmp_path, data):
     """The epoch's evaluation, metrics line and best.h5 come with the resume."""
     whole = train(tmp_path / "whole", Ranks(), data=data)
-    trainer = Trainer(Config(**{**SMALL, "data": data, "out": tmp_path / "run"}), Ranks())
+    trainer = new(Config(**{**SMALL, "data": data, "out": tmp_path / "run"}), Ranks())
     original = trainer.train_step
 
     def step():
@@ -504,7 +507,7 @@ def test_a_stop_at_the_end_of_an_epoch_loses_nothing(tmp_path, data):
 
     trainer.train_step = step
     assert trainer.run() == 75 and trainer.step == 5
-    assert Trainer(Config(out=tmp_path / "run", resume="auto"), Ranks()).run() == 0
+    assert new(Config(out=tmp_path / "run", resume="auto"), Ranks()).run() == 0
     keys = ("epoch", "step", "train_loss", "test_acc", "lr")
     lines = [
         [[json.loads(line)[key] for key in keys] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -519,17 +522,20 @@ def test_resume_into_another_folder_is_complete(tmp_path, data):
     whole = train(tmp_path / "one", Ranks(), data=data)
     train(tmp_path / "part", Ranks(), data=data, max_steps=7)
     config = Config(out=tmp_path / "other", resume=str(tmp_path / "part" / "last.h5"))
-    trainer = Trainer(config, Ranks())
+    trainer = new(config, Ranks())
     assert trainer.run() == 0 and state(trainer) == state(whole)
     assert (tmp_path / "other" / "best.h5").exists()
     assert checkpoint.load(tmp_path / "part" / "last.h5")[1]["step"] == 7
 
 
 def test_the_configuration_round_trips_through_toml(tmp_path):
-    config = settings.resolve(Config(model="smallresnet", lr=0.25, flip=False, max_steps=7, data="x y.h5"))
+    config = settings.resolve(
+        Config(model="smallresnet", lr=0.25, flip=False, max_steps=7, data="x y.h5", model_options={"widths": [8, 8]}),
+        Code(),
+    )
     path = tmp_path / "c.toml"
     path.write_text(settings.to_toml(config))
-    assert settings.resolve(settings.parse(["--config", str(path)])) == config
+    assert settings.resolve(settings.parse(["--config", str(path)]), Code()) == config
     parsed = settings.parse(["--config", str(path), "--lr", "0.5", "--resume", "--epochs=3", "--flip"])
     assert (parsed.lr, parsed.epochs, parsed.resume, parsed.flip) == (0.5, 3, "auto", True)
     assert settings.parse([]) == Config() and settings.parse(["--no-flip"]) == Config(flip=False)
@@ -540,7 +546,7 @@ def test_the_configuration_round_trips_through_toml(tmp_path):
     [
         ("lr = 'fast'", "wrong kind"),
         ("learning_rate = 0.1", "'learning_rate' is not a setting"),
-        ("model = 'vgg'", "wrong kind"),
+        ("optimizer = 'lars'", "wrong kind"),
         ("lr = ", "not a TOML file"),
     ],
 )
@@ -587,7 +593,7 @@ def test_all_threads_of_a_team_evaluate_with_the_same_running_statistics(tmp_pat
     monkeypatch.setattr(evaluation, "BATCH", 3)  # many batches, so that every thread has some
     trainer = train(tmp_path / "r", Ranks(), data=data, model="smallresnet", threads=3)
     images, labels = trainer.dataset.test_images, trainer.dataset.test_labels
-    options = {"classes": 10, "mean": trainer.data.mean, "std": trainer.data.std}
+    options = {"classes": 10, "mean": trainer.loader.mean, "std": trainer.loader.std}
     together, alone = (evaluate(model, images, labels, **options) for model in (trainer.team, trainer.model))
     assert len(trainer.team.models) > 1
     assert together.loss == alone.loss and np.array_equal(together.confusion, alone.confusion)
@@ -595,7 +601,7 @@ def test_all_threads_of_a_team_evaluate_with_the_same_running_statistics(tmp_pat
 
 def test_a_cutout_larger_than_the_images_is_refused_by_its_flag(tmp_path, data):
     with pytest.raises(UserError, match="--cutout 17 does not fit into images of 16x16"):
-        Trainer(Config(**{**SMALL, "data": data, "out": tmp_path / "r", "cutout": 17}), Ranks())
+        new(Config(**{**SMALL, "data": data, "out": tmp_path / "r", "cutout": 17}), Ranks())
 
 
 # -- numbers that are not finite --------------------------------------------------------------------------------------
@@ -623,7 +629,7 @@ def test_a_skipped_step_changes_nothing_but_the_count_and_resumes_to_the_bit(
         return trainer
 
     def run(out, ranks, **more):
-        trainer = spoil(Trainer(Config(**{**SMALL, "out": out, **options, **more}), ranks))
+        trainer = spoil(new(Config(**{**SMALL, "out": out, **options, **more}), ranks))
         before = None
         while trainer.step < trainer.last_step:
             if trainer.step == 3:
@@ -639,7 +645,7 @@ def test_a_skipped_step_changes_nothing_but_the_count_and_resumes_to_the_bit(
     alone = run(tmp_path / "alone", Ranks())
     assert state(run(shared_tmp / "together", ranks)) == state(alone)
     run(shared_tmp / "part", ranks, max_steps=4).folder.close()
-    resumed = Trainer(Config(out=shared_tmp / "part", resume="auto"), ranks)
+    resumed = new(Config(out=shared_tmp / "part", resume="auto"), ranks)
     while resumed.step < resumed.last_step:
         resumed.train_step()
     assert state(resumed) == state(alone)
@@ -648,7 +654,7 @@ def test_a_skipped_step_changes_nothing_but_the_count_and_resumes_to_the_bit(
 @pytest.mark.fault
 def test_an_update_that_overflows_is_undone_and_skipping_gives_up(tmp_path, data):
     config = Config(**{**SMALL, "data": data, "out": tmp_path / "run", "lr": 1e39, "on_nan": "skip", "epochs": 9})
-    trainer = Trainer(config, Ranks())
+    trainer = new(config, Ranks())
     before = {name: bits for name, bits in state(trainer).items() if "running" not in name}
     with np.errstate(all="ignore"), warnings.catch_warnings(), pytest.raises(UserError, match="20 steps in a row"):
         warnings.simplefilter("ignore")

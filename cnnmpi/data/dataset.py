@@ -21,7 +21,10 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images uint8 (N, C, H, W), channels-last in memory, and labels int64 (N,), for training and for testing."""
+    """Images uint8 (N, C, H, W), channels-last in memory, and labels int64 (N,), for training and for testing.
+
+    Where an image has no single class, its "labels" are targets float32 (N, K): a number for each of the K classes.
+    """
 
     train_images: Array
     train_labels: Array
@@ -31,25 +34,54 @@ class Dataset:
     source: str  # for people: where the images come from
     sha256: str = ""  # of the archive they were read from, if any
 
+    @classmethod
+    def of(cls, arrays: Any, source: str = "arrays") -> "Dataset":
+        """Return the data set of ``arrays``: x_train, y_train, x_test, y_test.
+
+        Images are uint8, or floats in 0..1, of which the nearest of 256 levels is taken; y is whole numbers from 0
+        (N,), or floats (N, K). Classes are called "0", "1", .... Raises DataError for other arrays.
+        """
+        try:
+            x_train, y_train, x_test, y_test = map(np.asarray, arrays)
+        except (TypeError, ValueError):
+            raise DataError(f"{source}: expected x_train, y_train, x_test, y_test, got {arrays!r:.60}") from None
+        images = []
+        for x in (x_train, x_test):
+            if x.dtype.kind == "f":
+                if not (x.size and x.min() >= 0 and x.max() <= 1):
+                    raise DataError(f"{source}: images of {x.dtype} must lie in 0..1")
+                x = np.rint(x * 255)
+            elif x.dtype != np.uint8:
+                raise DataError(f"{source}: images must be uint8, or floats in 0..1, got {x.dtype}")
+            images.append(nchw(nhwc(x.astype(np.uint8))) if x.ndim == 4 else x)
+        targets = [y.astype(np.float32 if y.dtype.kind == "f" else np.int64) for y in (y_train, y_test)]
+        floats = targets[0].ndim == 2
+        count = targets[0].shape[1] if floats else 1 + int(max((y.max() for y in targets if y.size), default=0))
+        dataset = cls(images[0], targets[0], images[1], targets[1], tuple(map(str, range(max(count, 1)))), source)
+        dataset.check(source)
+        return dataset
+
     def check(self, name: str = "data set") -> None:
         """Raise DataError, beginning with ``name``, unless dtypes, shapes, lengths and labels are as they should be."""
         if not self.classes or not all(isinstance(text, str) for text in (*self.classes, self.source, self.sha256)):
             raise DataError(f"{name}: classes must be names, at least one; source and sha256 texts")
         for part, images, labels in self._parts():
             check_declared(f"{name}: {part}", images, labels)
-            if labels.dtype != np.int64:
-                raise DataError(f"{name}: {part} labels must be int64, got {labels.dtype}")
+            if labels.dtype not in (np.int64, np.float32):
+                raise DataError(f"{name}: {part} labels must be int64, or float32 (N, K), got {labels.dtype}")
             check_labels(f"{name}: {part}", labels, len(self.classes))
+        if self.train_labels.ndim != self.test_labels.ndim:
+            raise DataError(f"{name}: train and test must both have labels (N,), or both targets (N, K)")
         check_same_image_shape(name, self.train_images, self.test_images)
 
     def digest(self) -> str:
-        """Return the sha256 of classes, shapes, pixels (N, H, W, C) and labels (little-endian): the data's identity."""
+        """Return the sha256 of classes, shapes, pixels (N, H, W, C) and labels (little-endian)."""
         sha = hashlib.sha256(json.dumps(self.classes).encode())
         for _, images, labels in self._parts():
             sha.update(json.dumps(images.shape).encode())
             for block in blocks(0, len(images), images_per_block(images.shape)):
                 sha.update(nhwc(images[block]).data)
-            sha.update(labels.astype("<i8").tobytes())
+            sha.update(labels.astype("<i8" if labels.dtype.kind == "i" else "<f4").tobytes())
         return sha.hexdigest()
 
     def _parts(self) -> list[tuple[str, Array, Array]]:
@@ -83,10 +115,12 @@ def check_declared(name: str, images: Any, labels: Any) -> None:
     """Raise DataError unless dtypes and shapes, of arrays or of what a file declares, fit uint8 images and labels."""
     if images.dtype != np.uint8:
         raise DataError(f"{name} images must be uint8, got {images.dtype}")
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{name} labels must be integers, got {labels.dtype}")
-    if len(images.shape) != 4 or len(labels.shape) != 1:
-        raise DataError(f"{name} needs images (N, C, H, W) and labels (N,), got {images.shape} and {labels.shape}")
+    axes = {"i": 1, "u": 1, "f": 2}.get(labels.dtype.kind)
+    if axes is None:
+        raise DataError(f"{name} labels must be integers, or floats (N, K), got {labels.dtype}")
+    if len(images.shape) != 4 or len(labels.shape) != axes:
+        wanted = "labels (N,)" if axes == 1 else "targets (N, K)"
+        raise DataError(f"{name} needs images (N, C, H, W) and {wanted}, got {images.shape} and {labels.shape}")
     if 0 in images.shape or 0 in labels.shape:
         raise DataError(f"{name} is empty: images {images.shape}, labels {labels.shape}")
     if images.shape[0] != labels.shape[0]:
@@ -100,8 +134,11 @@ def check_declared(name: str, images: Any, labels: Any) -> None:
 
 
 def check_labels(name: str, labels: Array, classes: int) -> None:
-    """Raise DataError unless all ``labels`` lie in 0..classes - 1."""
-    if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
+    """Raise DataError unless all ``labels`` lie in 0..classes - 1, or are finite numbers for each of the classes."""
+    if labels.ndim == 2:
+        if labels.shape[1] != classes or not np.isfinite(labels).all():
+            raise DataError(f"{name} targets must be finite, {classes} for each image, got shape {labels.shape}")
+    elif len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise DataError(f"{name} labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}")
 
 

@@ -1,5 +1,7 @@
 """A data set as an HDF5 file: /train/images uint8 (N, C, H, W), /train/labels, /test/images, /test/labels.
 
+Labels are whole numbers (N,), or floats (N, K) where an image has no single class.
+
 The root's attributes are ``classes``, ``source`` and ``sha256``; names of classes that fill more than an attribute may
 hold are the dataset /classes. Images are stored in chunks of about 1 MB with a checksum each (fletcher32),
 uncompressed, so that any part is quick to read. Files are read with distrust: what HDF5 can use to reach outside a
@@ -124,7 +126,7 @@ def _read_images(images: h5py.Dataset, part: tuple[int, int], empty: Empty) -> A
 
 
 def _read_labels(name: str, labels: h5py.Dataset, part: tuple[int, int], empty: Empty, classes: int) -> Array:
-    array = empty(labels.shape, np.dtype(np.int64))
+    array = empty(labels.shape, np.dtype(np.int64 if len(labels.shape) == 1 else np.float32))
     mine = part_of(len(array), *part)
     values = labels[mine]
     check_labels(name, values, classes)

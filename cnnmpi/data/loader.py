@@ -1,22 +1,31 @@
 """Batches of a data set, cut into shards: every batch is a pure function of (data, seed, step, shard)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from cnnmpi.data.augment import cutout, normalize, random_crop, random_horizontal_flip, to_unit
-from cnnmpi.data.dataset import Array, nchw, nhwc, part_of
+from cnnmpi.data.dataset import Array, DataError, nchw, nhwc, part_of
 from cnnmpi.rng import generator
 from cnnmpi.sizes import whole
 
+Augment = Callable[[Array, np.random.Generator], Array]
+
 
 class DataLoader:
-    """Batches of images ``x`` (N, C, H, W), uint8 or float32, and labels ``y`` (N,), in a new order each epoch.
+    """Batches of images ``x`` and labels ``y``, in a new order each epoch.
+
+    ``x`` is uint8 or float32 (N, C, H, W); ``y`` whole numbers (N,) or, where an image has no single class, floats
+    (N, K).
 
     Every sample is in exactly one batch of an epoch; the last batch may be smaller. Iterating yields the batches of one
     epoch, iterating again those of the next. ``batch(step, shard)`` gives any part of any batch directly, so a run can
     begin at any step and needs no state. What happens to a sample (flip, crop, cutout) depends on (seed, epoch, sample)
     only.
+
+    ``augment`` is a function of your own: it gets the images (n, C, H, W), flipped and cropped, of the dtype of ``x``,
+    and a generator for this (seed, step, shard); it returns images of that shape, uint8 or float32, or DataError is
+    raised.
 
     ``mean`` and ``std``, one number for each channel, normalise; without them uint8 images are scaled to [0, 1].
     Raises ValueError for arguments that make no sense.
@@ -34,13 +43,16 @@ class DataLoader:
         flip: bool = False,
         crop_padding: int = 0,
         cutout_size: int = 0,
+        augment: Augment | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         if x.ndim != 4 or 0 in x.shape or x.dtype not in (np.uint8, np.float32):
             raise ValueError(f"DataLoader: expected uint8 or float32 images (N, C, H, W), got {x.dtype} {x.shape}")
-        if y.shape != (len(x),) or y.dtype.kind not in "iu":
-            raise ValueError(f"DataLoader: expected {len(x)} integer labels, got {y.dtype} {y.shape}")
+        if y.ndim != {"i": 1, "u": 1, "f": 2}.get(y.dtype.kind) or len(y) != len(x):
+            raise ValueError(
+                f"DataLoader: expected {len(x)} integer labels, or floats ({len(x)}, K), got {y.dtype} {y.shape}"
+            )
         batch_size, shards = whole("DataLoader: batch_size", batch_size), whole("DataLoader: shards", shards)
         crop_padding = whole("DataLoader: crop_padding", crop_padding)
         cutout_size = whole("DataLoader: cutout_size", cutout_size)
@@ -55,6 +67,7 @@ class DataLoader:
             raise ValueError("DataLoader: give both mean and std, or neither")
         self.batch_size, self.shuffle, self.seed, self.shards = batch_size, shuffle, seed, shards
         self.flip, self.crop_padding, self.cutout_size, self.mean, self.std = flip, crop_padding, cutout_size, mean, std
+        self.augment = augment
         self._x = nhwc(x)  # a view if x is channels-last, so memory shared by processes stays shared
         self._y = y
         self._next_epoch = 0
@@ -71,7 +84,7 @@ class DataLoader:
         return (self.batch(first + index) for index in range(len(self)))
 
     def batch(self, step: int, shard: int | None = None) -> tuple[Array, Array]:
-        """Return images float32 (n, C, H, W), channels-last in memory, and labels int64 (n,).
+        """Return images float32 (n, C, H, W), channels-last in memory, and labels int64 (n,) or float32 (n, K).
 
         ``step`` counts from the beginning of the run. ``shard`` chooses one of the parts into which np.array_split
         would cut the batch, possibly an empty one; None means the whole batch.
@@ -89,11 +102,25 @@ class DataLoader:
         if crop is not None:
             top, left = crop[:, samples]
             x = random_crop(x, top, left, self.crop_padding)
+        if self.augment is not None and len(samples):
+            x = self._augmented(self.augment, x, step, 0 if shard is None else shard + 1)
         x = self._finish(x)
         if square is not None:
             top, left = square[:, samples]
             x = cutout(x, top, left, self.cutout_size)  # after normalisation, so that 0 is the mean colour
-        return x, self._y[samples].astype(np.int64)
+        y = self._y[samples]
+        return x, y.astype(np.int64 if y.ndim == 1 else np.float32)
+
+    def _augmented(self, augment: Augment, x: Array, step: int, part: int) -> Array:
+        result = augment(x, generator(self.seed, "augment", step, part))
+        shape, dtype = getattr(result, "shape", ()), getattr(result, "dtype", type(result).__name__)
+        if shape != x.shape or dtype not in (np.uint8, np.float32):
+            name = getattr(augment, "__qualname__", type(augment).__name__)
+            raise DataError(
+                f"the augmentation {name} returned {dtype} {shape} for images {x.dtype} {x.shape}; expected uint8, or "
+                "float32 in 0..1, of the same shape"
+            )
+        return result
 
     def _finish(self, x: Array) -> Array:
         if self.mean is None or self.std is None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from cnnmpi import functional
 from cnnmpi.layers.base import Array, Layer
+from cnnmpi.rng import for_first_draws
 from cnnmpi.sizes import Size, pair, whole
 
 
@@ -13,7 +14,7 @@ class Conv2d(Layer):
     """2-D convolution: (N, in_c, H, W) -> (N, out_c, Ho, Wo). Weight (out_c, in_c, kH, kW), bias (out_c,).
 
     ``k``, ``stride`` and ``padding`` are one number or (height, width). Weights start by Kaiming's normal
-    initialisation from ``rng`` (a fresh one if None), biases at 0.
+    initialisation from ``rng`` (see ``rng.first_draws`` if None), biases at 0.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Conv2d(Layer):
         for size in (k, stride, padding):
             pair(size)  # raises ValueError for what is none
         self.input_grad = True
-        rng = rng or np.random.default_rng()
+        rng = rng or for_first_draws()
         self._add_parameter("weight", functional.kaiming_normal(rng, (out_c, in_c, *pair(k))), dtype)
         if bias:
             self._add_parameter("bias", np.zeros(out_c), dtype)
@@ -79,7 +80,7 @@ class Linear(Layer):
         super().__init__()
         self.in_features = in_features = whole("Linear: in_features", in_features)
         self.out_features = out_features = whole("Linear: out_features", out_features)
-        rng = rng or np.random.default_rng()
+        rng = rng or for_first_draws()
         self._add_parameter("weight", functional.kaiming_normal(rng, (out_features, in_features)), dtype)
         if bias:
             self._add_parameter("bias", np.zeros(out_features), dtype)

@@ -4,18 +4,31 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
+import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import tomli_w
 import tyro
 
+from cnnmpi.common.text import read_json
 from cnnmpi.distributed import UserError
+from cnnmpi.models import MODELS
+from cnnmpi.train.code import Code
+
+JSON_OBJECT = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=lambda texts: read_json(texts[0]),
+    is_instance=lambda value: value is None or isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +38,14 @@ class Experiment:
     A setting that is left out (None) takes the recipe of the model, or the DEFAULTS.
     """
 
-    model: Literal["simplecnn", "smallresnet"] | None = None
-    """Which network to train."""
+    model: str | None = None
+    """Which network to train: simplecnn, smallresnet, or your own, FILE.py:CLASS or MODULE:CLASS."""
+    model_options: Annotated[dict[str, Any] | None, JSON_OBJECT] = None
+    """More arguments for the network, as JSON such as '{"width": 2}'; in a TOML file, a table."""
+    init: str | None = None
+    """Checkpoint whose weights the run starts from, where names and shapes fit."""
+    loss: str | None = None
+    """cross_entropy, binary_cross_entropy, mse, or your own, FILE.py:FUNCTION; by default what suits the data."""
     epochs: int | None = None
     """Passes over the training images, counted from the beginning of the run; they shape the learning rate."""
     batch_size: int | None = None
@@ -46,7 +65,7 @@ class Experiment:
     weight_decay: float | None = None
     """L2 regularisation of weights; biases and BatchNorm are left alone."""
     label_smoothing: float | None = None
-    """Probability, 0..1, that the loss's targets spread over all classes."""
+    """Probability, 0..1, that the targets of cross_entropy spread over all classes."""
     clip: float | None = None
     """Largest global norm of the gradient; 0 does not clip."""
     flip: bool | None = None
@@ -55,6 +74,8 @@ class Experiment:
     """Shift training images at random by up to this many pixels."""
     cutout: int | None = None
     """Blank a square of this many pixels a side, at random, in each training image."""
+    augment: str | None = None
+    """Your own augmentation, after flip and crop: FILE.py:FUNCTION."""
     seed: int | None = None
     """Of every draw: weights, order, augmentation, dropout."""
     backend: Literal["numpy", "torch"] | None = None
@@ -96,61 +117,71 @@ class Config(Execution, Experiment):
     """Train a convolutional network on one or more MPI ranks; the result does not depend on their number."""
 
 
+# What is left out takes the recipe of the model, and else these.
 DEFAULTS: dict[str, Any] = {
-    "model": "simplecnn", "shards": 8, "momentum": 0.9, "clip": 0.0, "flip": True, "seed": 0, "backend": "numpy",
-    "device": "cpu", "reduction": "exact", "data": "auto", "on_nan": "stop",
+    "model": "simplecnn", "epochs": 12, "batch_size": 128, "shards": 8, "optimizer": "sgd", "lr": 0.05,
+    "schedule": "linear", "warmup": 0.2, "momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0, "clip": 0.0,
+    "flip": True, "crop": 2, "cutout": 0, "seed": 0, "backend": "numpy", "device": "cpu", "reduction": "exact",
+    "data": "auto", "on_nan": "stop",
 }  # fmt: skip
-
-# What is left out of the command line: found by training for the best test accuracy on two cores, within 4 minutes for
-# SimpleCNN and 40 for SmallResNet.
-RECIPES: dict[str, dict[str, Any]] = {
-    "simplecnn": {
-        "epochs": 12,
-        "batch_size": 128,
-        "optimizer": "sgd",
-        "lr": 0.06,
-        "schedule": "linear",
-        "warmup": 0.2,
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.0,
-        "crop": 2,
-        "cutout": 0,
-    },
-    "smallresnet": {
-        "epochs": 23,
-        "batch_size": 256,
-        "optimizer": "sgd",
-        "lr": 0.25,
-        "schedule": "linear",
-        "warmup": 0.2,
-        "weight_decay": 5e-4,
-        "label_smoothing": 0.1,
-        "crop": 4,
-        "cutout": 0,
-    },
-}
+PROGRAM = "cnnmpi.train"
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
 
 
-def with_defaults(config: Config) -> Config:
-    """Return ``config`` with every setting that was left out: the model's recipe, and what all models share."""
-    model = config.model or DEFAULTS["model"]
-    defaults = DEFAULTS | RECIPES[model]
-    if config.optimizer in ("adam", "adamw"):
+CODE = ("model", "loss", "augment")  # the settings that may name a person's code
+
+
+def recipe_of(config: Config, code: Code) -> dict[str, Any]:
+    """Return the settings that suit the network of ``config``, without its metrics. Raises UserError for others."""
+    name = config.model or DEFAULTS["model"]
+    network = code.find("--model", name, MODELS, "CLASS")
+    recipe = {key: value for key, value in getattr(network, "recipe", {}).items() if key != "metrics"}
+    fields = {item.name for item in dataclasses.fields(Experiment)} - {"model"}
+    if unknown := sorted(recipe.keys() - fields):
+        known = ", ".join(sorted({*fields, "metrics"}))
+        raise UserError(f"--model {name}: its recipe has {', '.join(unknown)}; the settings are {known}")
+    return recipe | {key: code.name(recipe[key]) for key in CODE if recipe.get(key) is not None}
+
+
+def with_defaults(config: Config, code: Code) -> Config:
+    """Return ``config`` with every setting that was left out: the network's recipe, and what all networks share."""
+    recipe = recipe_of(config, code)
+    defaults = DEFAULTS | recipe
+    optimizer = config.optimizer or defaults["optimizer"]
+    if optimizer in ("adam", "adamw") and not ("lr" in recipe and recipe.get("optimizer") == optimizer):
         defaults["lr"] = ADAM_LR
+    if config.loss not in (None, "cross_entropy"):
+        defaults["label_smoothing"] = 0.0
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
-    return dataclasses.replace(config, out=Path(config.out or f"runs/{config.model}-{config.seed}"))
+    name = (config.model or "").rpartition(":")[2]
+    return dataclasses.replace(config, out=Path(config.out or f"runs/{name}-{config.seed}"))
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, code: Code) -> Config:
     """Fill in what was left out and check every value. Raises UserError naming the flag."""
+    check_kinds(config)
+    if config.loss not in (None, "cross_entropy") and config.label_smoothing:
+        raise UserError(f"--label-smoothing belongs to the loss cross_entropy: leave it out with --loss {config.loss}")
+    config = with_defaults(config, code)
+    check_kinds(config)  # also of what came from a recipe
+    numpys = {name: value.item() for name, value in vars(config).items() if isinstance(value, np.generic)}
+    config = dataclasses.replace(config, **numpys)  # with Python's numbers, which TOML and JSON know
+    check_ranges(config)
+    return config
+
+
+def check_kinds(config: Config) -> None:
+    """Raise UserError, naming the flag, for a value of the wrong type, or none of the choices."""
     for name, kind in get_type_hints(Config).items():
-        value, choices = getattr(config, name), [c for part in get_args(kind) for c in get_args(part)]
+        value, parts = getattr(config, name), get_args(kind) or (kind,)
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
         if value is not None and not (value in choices if choices else isinstance(value, _accepted(kind))):
             wanted = f"one of {', '.join(choices)}" if choices else str(kind).removesuffix(" | None")
             raise UserError(f"{flag(name)} must be {wanted}, got {value!r}")
-    numpys = {name: value.item() for name, value in vars(config).items() if isinstance(value, np.generic)}
-    config = with_defaults(dataclasses.replace(config, **numpys))  # with Python's numbers, which TOML and JSON know
+
+
+def check_ranges(config: Config) -> None:
+    """Raise UserError, naming the flag, for a number out of its range, and for settings that contradict each other."""
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
         "warmup": 0, "label_smoothing": 0, "clip": 0, "crop": 0, "cutout": 0, "seed": 0, "threads": 0,
@@ -161,17 +192,16 @@ def resolve(config: Config) -> Config:
         if value is not None and not low <= value < math.inf:
             raise UserError(f"{flag(name)} must be a number of at least {low:g}, got {value}")
     for name in ("warmup", "label_smoothing", "momentum"):
-        if not getattr(config, name) < 1:
+        if not (getattr(config, name) or 0) < 1:
             raise UserError(f"{flag(name)} must be below 1, got {getattr(config, name)}")
-    if config.device != "cpu" and config.backend != "torch":
+    if config.device not in (None, "cpu") and config.backend != "torch":
         raise UserError(f"--device {config.device} needs --backend torch")
-    return config
 
 
 def _accepted(kind: Any) -> tuple[type, ...]:
     """Return the types whose values a setting of this type takes: NumPy's numbers and paths as text, too."""
     also = {bool: (np.bool_,), int: (np.integer,), float: (int, np.integer, np.floating), Path: (str,)}
-    kinds = get_args(kind) or (kind,)
+    kinds = [get_origin(part) or part for part in get_args(kind) or (kind,)]
     return (*kinds, *(more for known in kinds for more in also.get(known, ())))
 
 
@@ -180,12 +210,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """Return the configuration that command line and TOML file give; what neither names is left out (None).
+def parse(argv: Sequence[str], given: Config | None = None, code: Code | None = None, prog: str = PROGRAM) -> Config:
+    """Return the configuration that command line and TOML file give; what neither names is as ``given``, or None.
 
     Raises UserError for a bad TOML file; a bad command line ends in SystemExit(2) with an explanation.
     """
-    args, base = _without_file(argv)
+    args, from_file = _without_file(argv)
     switches = [flag(name) for name, kind in get_type_hints(Experiment).items() if kind == bool | None]
     for position, argument in enumerate(args):  # what may stand alone
         following = args[position + 1] if position + 1 < len(args) else "--"
@@ -195,12 +225,12 @@ def parse(argv: Sequence[str]) -> Config:
             args[position] = f"{argument}=True"
         elif argument.replace("--no-", "--") in switches and argument.startswith("--no-"):
             args[position] = f"{argument.replace('--no-', '--')}=False"
-    default = Config(**base)
-    if {"-h", "--help"} & set(args):  # then the defaults that a run would get are shown, those of its model
-        words = " ".join(args).replace("=", " ")
-        named: Any = next((model for model in RECIPES if f"--model {model}" in words), default.model)
-        default = with_defaults(dataclasses.replace(default, model=named))
-    return tyro.cli(Config, args=args, default=default, prog="cnnmpi.train", description=_description())
+    default = dataclasses.replace(given or Config(), **from_file)
+    if {"-h", "--help"} & set(args):  # then the defaults that a run would get are shown, those of its network
+        words = [part for argument in args for part in argument.split("=", 1)]
+        named = dict(itertools.pairwise(words)).get("--model", default.model)
+        default = with_defaults(dataclasses.replace(default, model=named), code or Code())
+    return tyro.cli(Config, args=args, default=default, prog=prog, description=_description())
 
 
 def _without_file(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -218,7 +248,8 @@ def _without_file(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 def _description() -> str:
     blocks = [inspect.cleandoc(Config.__doc__ or "")]
-    blocks += [f"{model}: " + ", ".join(f"{k} {v}" for k, v in recipe.items()) for model, recipe in RECIPES.items()]
+    for name, network in MODELS.items():
+        blocks.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in network.recipe.items()))
     blocks.append("--config FILE.toml sets any of these as key = value; the command line prevails.")
     return "\n\n".join(blocks)
 
@@ -240,6 +271,8 @@ def from_plain(content: dict[str, Any], source: str) -> dict[str, Any]:
     fields = {item.name for item in dataclasses.fields(Config)}
     for key, value in content.items():
         name = key.replace("-", "_")
+        if name == "model_options" and isinstance(value, dict):
+            value = json.dumps(value)
         if name not in fields or isinstance(value, dict | list):
             known = ", ".join(sorted(fields))
             raise UserError(f"{source}: {key!r} is not a setting; the settings are {known}")
@@ -272,22 +305,34 @@ def experiment(config: Config) -> Experiment:
     return Experiment(**{item.name: getattr(config, item.name) for item in dataclasses.fields(Experiment)})
 
 
-def continued(config: Config, saved: Mapping[str, Any], path: Path) -> Config:
+def continued(config: Config, saved: Mapping[str, Any], path: Path, code: Code) -> Config:
     """Return the configuration of a resumed run: what is computed is the checkpoint's, how is that of ``config``.
 
-    ``saved`` holds the settings in the checkpoint at ``path``. Raises UserError that lists every setting of ``config``
-    which contradicts it, but for ``data``: that is compared by its content.
+    ``saved`` holds the settings in the checkpoint at ``path``. The code of a person's own is what ``config``, or the
+    recipe of its network, names: never what a file names. Raises UserError that lists every setting of ``config`` which
+    contradicts the checkpoint, but for ``data``: that is compared by its content.
     """
-    old = resolve(Config(**from_plain(dict(saved), f"{path}: its configuration")))
+    kept = Config(**from_plain(dict(saved), f"{path}: its configuration"))
+    old = dataclasses.replace(kept, **{k: v for k, v in DEFAULTS.items() if getattr(kept, k) is None})
+    check_ranges(old)
     asked, done = vars(experiment(config)), vars(experiment(old))
-    wrong = [
-        f"{flag(name)} {value} (the run has {done[name]})"
+    own = {name: done[name] for name in CODE if ":" in (done[name] or "")}
+    contradicts = {
+        name: value
         for name, value in asked.items()
-        if value not in (None, done[name]) and name != "data"
-    ]
-    if wrong:
+        if value not in (None, done[name]) and name != "data" and not (name in own and ":" in value)
+    }
+    if contradicts:
+        wrong = "; ".join(f"{flag(name)} {value} (the run has {done[name]})" for name, value in contradicts.items())
         raise UserError(
-            f"--resume continues the run of {path}, which these contradict: {'; '.join(wrong)}. Leave them out, or "
+            f"--resume continues the run of {path}, which these contradict: {wrong}. Leave them out, or "
             "start a new run with another --out"
         )
+    if "model" in own and config.model is None:
+        raise UserError(f"the run of {path} trains a network of your own: name it, as --model {own['model']}")
+    recipe = recipe_of(dataclasses.replace(config, model=config.model or done["model"]), code)
+    for name in own:
+        done[name] = asked[name] or recipe.get(name)
+        if done[name] is None:
+            raise UserError(f"the run of {path} uses code of your own: name it, as {flag(name)} {own[name]}")
     return dataclasses.replace(config, **done | {"data": config.data or old.data})

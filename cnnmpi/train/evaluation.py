@@ -1,4 +1,4 @@
-"""Exact evaluation: counts over the whole set, the same for any number of ranks."""
+"""Exact evaluation: sums over the whole set, the same for any number of ranks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 from cnnmpi.data import normalize
 from cnnmpi.distributed import Ranks
 from cnnmpi.models import Model
+from cnnmpi.train.measures import Loss, Measures, Metric
 from cnnmpi.train.team import Team
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -20,17 +21,22 @@ BATCH_BYTES = 64 << 20  # of a batch's largest activation; a forward pass of a t
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The mean loss, and for each image its class in 0..``classes``-1, ``labels`` (N,), and the guess, ``guesses``."""
+    """The mean loss and ``metrics``, {name: value}; and what became of each image, where it has one class.
+
+    Then ``labels`` (N,) holds its class in 0..``classes``-1 and ``guesses`` (N,) the one that it was taken for;
+    otherwise both are empty.
+    """
 
     loss: float
+    metrics: dict[str, float]
     labels: Array
     guesses: Array
     classes: int
 
     @property
     def accuracy(self) -> float:
-        """The share of images that were recognised, 0..1."""
-        return float(np.count_nonzero(self.labels == self.guesses) / len(self.labels))
+        """The share of images that were recognised, 0..1; NaN without labels."""
+        return float(np.count_nonzero(self.labels == self.guesses) / len(self.labels)) if len(self.labels) else math.nan
 
     @property
     def images(self) -> Array:
@@ -55,64 +61,66 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model | Team, images: Array, labels: Array, *, classes: int, mean: Any, std: Any, ranks: Ranks | None = None
-) -> Evaluation:
-    """Evaluate a model on ``images`` (N, C, H, W), uint8 or floats in 0..1, with ``labels`` (N,) in 0..classes-1.
-
-    The ranks, and the team's threads in each, share the work. ``mean`` and ``std`` (C,) normalise the pixels, as in
-    training. The models keep their mode. Raises ValueError for images, labels and classes that do not fit.
-    """
-    result = evaluate_unless(
-        lambda: False, model, images, labels, classes=classes, mean=mean, std=std, ranks=ranks or Ranks()
-    )
-    assert result is not None
-    return result
-
-
-def evaluate_unless(
-    stop: Callable[[], bool],
     model: Model | Team,
     images: Array,
-    labels: Array,
+    targets: Array,
     *,
     classes: int,
     mean: Any,
     std: Any,
-    ranks: Ranks,
-) -> Evaluation | None:
-    """Do as ``evaluate``, or give up and return None once ``stop``, asked after each batch of a thread, says so.
+    loss: Loss | None = None,
+    metrics: dict[str, Metric] | None = None,
+    ranks: Ranks | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluate a model on ``images`` (N, C, H, W), uint8 or floats in 0..1.
 
-    ``stop`` must give the same answer on all ranks.
+    ``targets`` are labels (N,) in 0..classes-1, or floats (N, classes) for a ``loss`` that takes them; the loss is the
+    cross-entropy unless given. ``metrics`` are functions (logits, targets) -> (sum, count) of NumPy arrays. ``mean``
+    and ``std`` (C,) normalise the pixels, as in training. The ranks, and the team's threads in each, share the work;
+    the models keep their mode. ``stop`` is asked after each batch of a thread, and must answer alike on all ranks.
+
+    Raises Stopped once it says so, and ValueError for images, targets and classes that do not fit.
     """
-    labels = _checked(images, labels, classes)
-    team = model if isinstance(model, Team) else Team([model])
-    F = team.models[0].F
+    targets = _checked(images, targets, classes)
+    ranks, team = ranks or Ranks(), model if isinstance(model, Team) else Team([model])
+    F, measures = team.models[0].F, Measures(metrics or {})
+    loss = loss or F.cross_entropy_loss
     team.spread_buffers()
-    guesses = np.zeros(len(labels), np.int64)  # each rank fills in its own; the sum is everybody's
+    guesses = np.zeros(len(targets) if targets.ndim == 1 else 0, np.int64)  # each rank fills in its own
 
-    def evaluate_batch(model: Model, start: int) -> float:
+    def evaluate_batch(model: Model, start: int) -> list[float]:
         part = slice(start, start + size)
-        x = normalize(images[part], mean, std)
-        logits = model.forward(model.as_array(x))
-        if logits.shape[1] != classes:
-            raise ValueError(f"evaluate: the model gives {logits.shape[1]} classes, the labels are of {classes}")
-        loss: float
-        loss, _ = F.cross_entropy_loss(logits, model.as_array(labels[part]), reduction="sum")
-        guesses[part] = F.to_numpy(logits).argmax(axis=1)
-        return loss
+        logits = model.forward(model.as_array(normalize(images[part], mean, std)))
+        if tuple(logits.shape[1:]) != (classes,):
+            raise ValueError(
+                f"evaluate: the model gives outputs {tuple(logits.shape[1:])}, the targets are of {classes} classes"
+            )
+        summed, _ = loss(logits, model.as_array(targets[part]), reduction="sum")
+        outputs = F.to_numpy(logits)
+        if len(guesses):
+            guesses[part] = outputs.argmax(axis=1)
+        sums: list[float] = measures.sums(summed, outputs, targets[part]).tolist()
+        return sums
 
-    losses: list[float] = []
+    batches: list[list[float]] = []
     with team.evaluating(), F.constant_filters():
         size = batch_size(team.models[0], images.shape[1:])
         together = max(ranks.gather(len(team.models))) * ranks.size * size  # all threads of all ranks take these
         for first in range(0, len(images), together):
             starts = range(first + ranks.rank * size, min(first + together, len(images)), ranks.size * size)
-            losses += team.map(evaluate_batch, starts)
+            batches += team.map(evaluate_batch, starts)
             if stop():
-                return None
+                raise Stopped
     ranks.sum(guesses)
-    loss = math.fsum(loss for theirs in ranks.gather(losses) for loss in theirs)  # the same in any order
-    return Evaluation(loss / len(images), labels, guesses, classes)
+    everybody = [sums for theirs in ranks.gather(batches) for sums in theirs]
+    means = measures.means([math.fsum(column) for column in zip(*everybody, strict=True)])  # the same in any order
+    labels = targets if len(guesses) else guesses
+    return Evaluation(means.pop("loss"), means, labels, guesses, classes)
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """The evaluation was given up because it was asked to stop."""
 
 
 def batch_size(model: Model, image_shape: Sequence[int]) -> int:
@@ -127,18 +135,22 @@ def batch_size(model: Model, image_shape: Sequence[int]) -> int:
     return max(1, min(BATCH, BATCH_BYTES // (max(image.size, numbers) * image.itemsize)))
 
 
-def _checked(images: Array, labels: Array, classes: int) -> Array:
-    """Return the labels as int64. Raises ValueError unless there are as many as images, in 0..classes-1."""
-    labels = np.asarray(labels)
-    if images.ndim != 4 or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+def _checked(images: Array, targets: Array, classes: int) -> Array:
+    """Return labels as int64, other targets as they are. Raises ValueError unless they fit images and classes."""
+    targets = np.asarray(targets)
+    labels = targets.shape == images.shape[:1] and targets.dtype.kind in "iu"
+    floats = targets.shape == (*images.shape[:1], classes) and targets.dtype.kind == "f"
+    if images.ndim != 4 or not (labels or floats):
         raise ValueError(
-            f"evaluate: expected images (N, C, H, W) and integer labels (N,), "
-            f"got {images.shape} and {labels.dtype} {labels.shape}"
+            f"evaluate: expected images (N, C, H, W) and integer labels (N,), or floats (N, {classes}), "
+            f"got {images.shape} and {targets.dtype} {targets.shape}"
         )
     if images.dtype not in (np.uint8, np.float32, np.float64):
         raise ValueError(f"evaluate: expected images of uint8, or of floats in 0..1, got {images.dtype}")
-    if len(labels) == 0:
+    if len(targets) == 0:
         raise ValueError("evaluate: there are no images")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"evaluate: labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}")
-    return labels.astype(np.int64)
+    if floats:
+        return targets
+    if targets.min() < 0 or targets.max() >= classes:
+        raise ValueError(f"evaluate: labels must lie in 0..{classes - 1}, got {targets.min()}..{targets.max()}")
+    return targets.astype(np.int64)

@@ -14,8 +14,8 @@ from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.checkpoint.atomic import sync_directory
 from cnnmpi.distributed import Ranks, UserError
+from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.report import METRICS
-from cnnmpi.train.setup import Say, as_user_errors
 from cnnmpi.train.state import Arrays, SavedRun, read_saved_run
 
 LAST, PREVIOUS, BEST, CONFIG = "last.h5", "previous.h5", "best.h5", "config.toml"
@@ -40,7 +40,7 @@ class RunFolder:
         self.path, self.ranks = Path(os.path.realpath(path)), ranks  # a loop of links is an error of open()
         self._lock: Any = None
 
-    def open(self, fresh: bool, config: str, say: Say) -> None:
+    def open(self, fresh: bool, config: str, tell: Callable[[str], None]) -> None:
         """Make and lock the folder and write ``config``.
 
         If ``fresh``, what another run wrote there is moved into a folder of its own inside, and all else left alone.
@@ -52,7 +52,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
                 if fresh:
-                    self._move_aside(content, say)
+                    self._move_aside(content, tell)
                 else:
                     self._check_room()
                 with as_user_errors():
@@ -95,7 +95,7 @@ class RunFolder:
         if free < needed:
             raise UserError(f"--out {self.path}: {free >> 10} KiB free, a checkpoint takes {needed >> 10}: make room")
 
-    def _move_aside(self, config: bytes, say: Say) -> None:
+    def _move_aside(self, config: bytes, tell: Callable[[str], None]) -> None:
         """Move what another run wrote into the folder old-1, or the next number; a ``config`` like ours may stay."""
         there = [self.path / name for name in WRITTEN if (self.path / name).is_file()]
         if not there or (there == [self.path / CONFIG] and there[0].read_bytes() == config):
@@ -115,10 +115,10 @@ class RunFolder:
             path.rename(aside / path.name)
             sync_directory(aside)
             sync_directory(self.path)
-        say(f"the earlier run in {self.path} was moved to {aside}")
+        tell(f"the earlier run in {self.path} was moved to {aside}")
 
 
-def find_checkpoint(resume: str, folder: Path, say: Say) -> Saved | None:
+def find_checkpoint(resume: str, folder: Path, tell: Callable[[str], None]) -> Saved | None:
     """Return the checkpoint that ``--resume`` means: a named file, or for "auto" the newest good one in ``folder``.
 
     None for "auto" where there is none yet. A damaged one is named and the one before it is used. Raises UserError
@@ -127,9 +127,9 @@ def find_checkpoint(resume: str, folder: Path, say: Say) -> Saved | None:
     with as_user_errors():
         if resume != "auto":
             return _load(Path(resume))
-        found = _newest(folder, say)
+        found = _newest(folder, tell)
     if found is None:
-        say(f"--resume: no checkpoint in {folder} yet: starting from the beginning")
+        tell(f"--resume: no checkpoint in {folder} yet: starting from the beginning")
     return found
 
 
@@ -138,13 +138,13 @@ def _load(path: Path) -> Saved:
     return Saved(path, arrays, read_saved_run(path, attributes))
 
 
-def _newest(folder: Path, say: Say) -> Saved | None:
+def _newest(folder: Path, tell: Callable[[str], None]) -> Saved | None:
     present = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     for path in present:
         try:
             return _load(path)
         except CheckpointError as error:
-            say(f"warning: {error}")
+            tell(f"warning: {error}")
     if present:
         raise CheckpointError(f"{folder}: no checkpoint in it is good; start anew without --resume")
     return None

@@ -60,10 +60,13 @@ class Report:
                 os.fsync(file.fileno())
         except OSError as error:
             self.line(f"warning: {self.folder / METRICS} cannot be written: {error.strerror}")
-        self.line(
-            "epoch {epoch}  step {step}  train loss {train_loss:.4f} acc {train_acc:.4f}  test loss {test_loss:.4f} "
-            "acc {test_acc:.4f}  {images_per_s:.0f} images/s  {seconds:.0f} s".format(**metrics)
-        )
+        named = [(name.partition("_"), value) for name, value in metrics.items()]
+        parts = [
+            " ".join([part, *(f"{name} {value:.4f}" for (start, _, name), value in named if start == part)])
+            for part in ("train", "test")
+        ]
+        speed = "{images_per_s:.0f} images/s  {seconds:.0f} s".format(**metrics)
+        self.line("  ".join([f"epoch {metrics['epoch']}  step {metrics['step']}", *parts, speed]))
 
     def rewind(self, step: int, steps_per_epoch: int) -> None:
         """Keep in metrics.jsonl the epochs that were complete at ``step``: the others will be done again."""

@@ -1,32 +1,146 @@
-"""What a run needs before its first step: the data, the model, the optimizer, the course of the learning rate."""
+"""What a run needs before its first step, put together in one place: for the command line, scripts and tests."""
 
-import contextlib
+import copy
+import dataclasses
+import functools
 import hashlib
+import inspect
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import cnnmpi
-from cnnmpi import optim
-from cnnmpi.checkpoint import CheckpointError
-from cnnmpi.data import DataError, Dataset, find_data, read_hdf5, statistics, synthetic
-from cnnmpi.distributed import Ranks, UserError
-from cnnmpi.models import MODELS, Model
-from cnnmpi.train.config import Config
-from cnnmpi.train.state import version_of
+from cnnmpi import checkpoint, optim
+from cnnmpi.console import printable
+from cnnmpi.data import DataLoader, Dataset, find_data, read_hdf5, statistics, synthetic
+from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
+from cnnmpi.models import MODELS, FlatArrays, Model
+from cnnmpi.rng import first_draws
+from cnnmpi.sizes import pair
+from cnnmpi.train.code import Code, explained
+from cnnmpi.train.config import Config, continued, resolve, to_toml
+from cnnmpi.train.errors import as_user_errors
+from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
+from cnnmpi.train.hooks import Hooks
+from cnnmpi.train.measures import Loss, Measures, Metric, accuracy, checked, label_accuracy, top5_accuracy
+from cnnmpi.train.report import Report
+from cnnmpi.train.signals import StopSignals
+from cnnmpi.train.state import accepted, model_attributes, unpack, version_of
+from cnnmpi.train.team import Team, fewest_workers
+from cnnmpi.train.trainer import Trainer
+from cnnmpi.train.watchdog import Watchdog
 
-Say = Callable[[str], None]
+Tell = Callable[[str], None]
+MANY_CLASSES = 20  # from which on the share of images counts, too, whose class is among the five likeliest
 
 
-@contextlib.contextmanager
-def as_user_errors() -> Iterator[None]:
-    """Turn what data and checkpoints refuse into the one line that a user sees."""
-    try:
-        yield
-    except (DataError, CheckpointError) as error:
-        raise UserError(str(error)) from None
+def set_up(
+    config: Config,
+    ranks: Ranks,
+    code: Code | None = None,
+    *,
+    data: Dataset | None = None,
+    metrics: Mapping[str, Metric] | None = None,
+    hooks: Hooks | None = None,
+    signals: StopSignals | None = None,
+    watchdog: Watchdog | None = None,
+) -> Trainer:
+    """Return the run that ``config`` describes, on ``ranks``: new, or where its checkpoint left it.
+
+    ``code`` finds networks, losses and augmentations of a person's own; ``data`` is used instead of what ``config``
+    names; ``metrics`` are measured besides the usual ones; ``signals`` tell when to save and stop, and ``watchdog`` is
+    told what this rank is doing. Raises UserError for settings, data, code or checkpoints that cannot be used, and for
+    settings that contradict a resumed checkpoint.
+    """
+    code, signals, watchdog = code or Code(), signals or StopSignals(), watchdog or Watchdog(ranks)
+    watchdog.note("preparing data and model", slow=True)
+    tell = print_on_rank0(ranks)
+    config, saved = with_checkpoint(config, code, ranks, tell)
+    shards = config.shards or 1
+    if shards < ranks.size:
+        raise UserError(f"{ranks.size} ranks cannot share {shards} shards: use --shards {ranks.size} or more")
+    network = code.find("--model", config.model or "", MODELS, "CLASS")
+    described = open_data(config.data or "auto" if data is None else data, ranks, tell)
+    config = with_loss(config, described.dataset)
+    loader = make_loader(config, described, code)
+    options = input_options(described.dataset) | (config.model_options or {})
+    loss, test_loss = find_losses(config, code)
+    ranks.agree("the source of the code that they train with", code.sources())
+    model = make_model(network, config, options, ranks.local_rank)
+
+    mine = [int(shard) for shard in np.array_split(np.arange(shards), ranks.size)[ranks.rank]]
+    team = make_team(config, model, ranks, len(mine))
+    flats = share_parameters(team.models)
+    optimizer = make_optimizer(config, model)
+    measures = make_measures(config, described.dataset, getattr(network, "recipe", {}).get("metrics", {}), metrics)
+    sizes = [len(flats[model].grads), len(flats[model].buffers), len(measures) + 1]
+    names = [(name, math.prod(param.shape)) for name, (param, _) in model.named_parameters().items()]
+    reducer = (ExactReducer if config.reduction == "exact" else Reducer)(ranks, shards, sizes, names)
+
+    assert config.out is not None  # resolve() has set it
+    folder = RunFolder(config.out, ranks)
+    total_steps = (config.epochs or 0) * len(loader)
+    trainer = Trainer(
+        config=config,
+        ranks=ranks,
+        dataset=described.dataset,
+        loader=loader,
+        shards=mine,
+        team=team,
+        flats=flats,
+        loss=loss(model.F),
+        test_loss=test_loss(model.F),
+        measures=measures,
+        optimizer=optimizer,
+        rate=functools.partial(learning_rate, config, total=total_steps),
+        reducer=reducer,
+        total_steps=total_steps,
+        attributes=model_attributes(config.model or "", options, model) | data_attributes(described, code),
+        folder=folder,
+        report=Report(folder.path, silent=ranks.rank != 0),
+        hooks=hooks or Hooks(),
+        signals=signals,
+        watchdog=watchdog,
+        greeting=greeting(config, described.dataset, ranks, team.threads),
+        command="python -m cnnmpi.train",
+    )
+    if saved is not None:
+        continue_from(saved, trainer, described, code, tell)
+    elif config.init is not None:
+        start_from(config.init, model, ranks, tell)
+    for flat in (trainer.flat.params, trainer.flat.buffers):
+        array = np.array(trainer.F.to_numpy(flat))
+        ranks.broadcast(array)  # hosts of different kinds may have drawn them with different last bits
+        trainer.F.copy_into(flat, array)
+    open_folder(trainer, saved, tell)
+    return trainer
+
+
+def print_on_rank0(ranks: Ranks) -> Tell:
+    """Return a function that prints a line, on rank 0."""
+
+    def tell(text: str) -> None:
+        if ranks.rank == 0:
+            print(printable(text), flush=True)
+
+    return tell
+
+
+def program() -> str:
+    """Return what identifies the program that this rank runs: its sources and the versions of what computes."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(cnnmpi.__file__).parent.rglob("*.py")):
+        sources.update(path.read_bytes())
+    versions = [f"{name} {version_of(name)}" for name in ("cnnmpi", "numpy", "torch")]
+    return f"{', '.join(versions)}, sources {sources.hexdigest()}"
+
+
+# -- the data --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,52 +153,165 @@ class Data:
     std: tuple[float, ...]
 
 
-def open_data(spec: str, ranks: Ranks, say: Say, data_dir: str = "data") -> Data:
-    """Return the data that ``--data`` means, found by rank 0, one copy for all ranks of a host.
+def open_data(data: str | Dataset, ranks: Ranks, tell: Tell, data_dir: str = "data") -> Data:
+    """Return ``data``, or what ``--data`` means, found by rank 0: then there is one copy for all ranks of a host.
 
-    Raises UserError where there is none, or where hosts see different data.
+    Raises UserError where there is none, or where ranks see different data.
     """
-
-    def find() -> Path | None:
-        with as_user_errors():
-            return find_data(spec, data_dir, notify=say)
-
-    path = ranks.on_rank0(find)
     with as_user_errors():
-        part = (ranks.local_rank, ranks.local_size)
-        dataset = read_hdf5(path, part=part, empty=ranks.shared_array) if path else synthetic()
-    ranks.node_barrier()
-    sha256 = ranks.on_node(dataset.digest)
+        if isinstance(data, Dataset):
+            data.check("data")
+            dataset = data
+        else:
+            path = ranks.on_rank0(as_user_errors()(lambda: find_data(data, data_dir, notify=tell)))
+            part = (ranks.local_rank, ranks.local_size)
+            dataset = read_hdf5(path, part=part, empty=ranks.shared_array) if path else synthetic()
+            ranks.node_barrier()
+    sha256 = dataset.digest() if isinstance(data, Dataset) else ranks.on_node(dataset.digest)
     ranks.agree("the content of the data", sha256)
     return Data(dataset, sha256, *ranks.on_node(lambda: statistics(dataset.train_images)))
 
 
-def program() -> str:
-    """Return what identifies the program that this rank runs: its sources and the versions of what computes."""
-    sources = hashlib.sha256()
-    for path in sorted(Path(cnnmpi.__file__).parent.rglob("*.py")):
-        sources.update(path.read_bytes())
-    versions = [f"{name} {version_of(name)}" for name in ("cnnmpi", "numpy", "torch")]
-    return f"{', '.join(versions)}, sources {sources.hexdigest()}"
-
-
-def model_options(dataset: Dataset) -> dict[str, Any]:
+def input_options(dataset: Dataset) -> dict[str, Any]:
     """Return the arguments that fit a model to the data."""
     _, channels, height, width = dataset.train_images.shape
     size = height if height == width else (height, width)
     return {"in_channels": channels, "num_classes": len(dataset.classes), "image_size": size}
 
 
-def make_model(config: Config, options: dict[str, Any], local_rank: int) -> Model:
-    """Return the model with its first weights, on the engine that ``config`` asks for. Raises UserError."""
+def make_loader(config: Config, data: Data, code: Code) -> DataLoader:
+    """Return the training batches that ``config`` asks for. Raises UserError."""
+    dataset, augment = data.dataset, None
+    height, width = dataset.train_images.shape[2:]
+    if (config.cutout or 0) > min(height, width):
+        raise UserError(f"--cutout {config.cutout} does not fit into images of {height}x{width} pixels")
+    if config.augment is not None:
+        augment = code.find("--augment", config.augment, {}, "FUNCTION")
+    return DataLoader(
+        dataset.train_images,
+        dataset.train_labels,
+        config.batch_size or 1,
+        seed=config.seed or 0,
+        shards=config.shards or 1,
+        flip=bool(config.flip),
+        crop_padding=config.crop or 0,
+        cutout_size=config.cutout or 0,
+        augment=augment,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+def make_model(network: Callable[..., Model], config: Config, options: dict[str, Any], local_rank: int) -> Model:
+    """Return the model with its first weights, on the engine that ``config`` asks for. Raises UserError.
+
+    Layers that are not given a generator draw their weights from one for the run's seed.
+    """
+    seed = config.seed or 0
+    arguments = accepted(network, options | {"seed": seed})
+    shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    remedy = "--model-options gives it other arguments" if config.model not in MODELS else ""
+    with explained(f"--model {config.model} cannot be built with {shown}", remedy), first_draws(seed):
+        inspect.signature(network).bind(**arguments)
+        model = network(**arguments)
+    if not isinstance(model, Model):
+        raise UserError(f"--model {config.model} makes a {type(model).__name__}; expected a subclass of cnnmpi.Model")
+    probe(model, config.model or "", options)
     try:
-        model = MODELS[config.model or ""](**options, seed=config.seed or 0)
         if config.backend == "torch":
             model.to_torch(config.device or "cpu", index=local_rank)
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     model.skip_input_grad()
     return model
+
+
+def probe(model: Model, name: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError, in one line, for a model that cannot learn what it is to: two images pass through a copy."""
+    size = options["image_size"]
+    shape = (2, options["in_channels"], *pair(size))
+    with explained(f"--model {name} fails on images {shape}"):
+        if not model.parameters():
+            raise UserError(f"--model {name} has no parameters that learn: assign its layers to attributes of self")
+        trial = copy.deepcopy(model)
+        logits = trial.forward(np.zeros(shape, np.float32))
+        expected = (2, options["num_classes"])
+        if tuple(getattr(logits, "shape", ())) != expected:
+            given = getattr(logits, "shape", type(logits).__name__)
+            raise UserError(f"--model {name}: its forward gives {given} for images {shape}; expected {expected}")
+        trial.backward(np.zeros(expected, logits.dtype))
+
+
+def make_team(config: Config, model: Model, ranks: Ranks, shards: int) -> Team:
+    """Return as many copies of ``model`` as threads of this rank work on its ``shards`` at the same time."""
+    F, workers = model.F, 1
+    threads = config.threads or (ranks.default_threads() if config.device == "cpu" else 1)
+    if config.reduction == "exact" and config.device == "cpu":
+        workers = fewest_workers(shards, threads)
+        if config.backend == "torch":  # it cuts its sums by the number of threads inside an operation: none there
+            threads = workers
+    share_threads = functools.partial(F.set_threads, threads, workers)
+    share_threads()
+    copies = [copy.deepcopy(model) for _ in range(workers - 1)]
+    return Team([model, *copies], threads, prepare=share_threads if config.backend == "torch" else None)
+
+
+def share_parameters(models: Sequence[Model]) -> dict[Model, FlatArrays]:
+    """Return the flat arrays of all ``models``, which compute with the first one's parameters from now on."""
+    first, *others = models
+    flat = FlatArrays(first)
+    return {first: flat} | {model: FlatArrays(model, flat.params) for model in others}
+
+
+# -- how it learns ---------------------------------------------------------------------------------------------------
+
+LOSSES = {"cross_entropy": "cross_entropy_loss", "binary_cross_entropy": "binary_cross_entropy_loss", "mse": "mse_loss"}
+
+
+def with_loss(config: Config, dataset: Dataset) -> Config:
+    """Return ``config`` with a loss: that which the targets of ``dataset`` suggest, unless it has one."""
+    targets = dataset.train_labels
+    if targets.ndim == 1 or (targets.min() >= 0 and np.allclose(targets.sum(axis=1), 1, atol=1e-3)):
+        usual = "cross_entropy"  # classes, or a probability for each
+    else:
+        usual = "binary_cross_entropy" if targets.min() >= 0 and targets.max() <= 1 else "mse"
+    loss = config.loss or usual
+    if loss in LOSSES and (loss == "cross_entropy") < (targets.ndim == 1):
+        raise UserError(f"--loss {loss} needs targets (N, K), and these data have a class for each image")
+    return dataclasses.replace(
+        config, loss=loss, label_smoothing=config.label_smoothing if loss == "cross_entropy" else 0.0
+    )
+
+
+def find_losses(config: Config, code: Code) -> tuple[Callable[[Any], Loss], Callable[[Any], Loss]]:
+    """Return what gives the loss of training, and that of evaluation, for an engine ``F``. Raises UserError."""
+    name = config.loss or "cross_entropy"
+    found = code.find("--loss", name, LOSSES, "FUNCTION")
+    if found != LOSSES.get(name):
+        return (lambda F: checked(name, found),) * 2
+    smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+    return lambda F: functools.partial(getattr(F, LOSSES[name]), **smoothing), lambda F: getattr(F, LOSSES[name])
+
+
+def make_measures(
+    config: Config, dataset: Dataset, of_network: Mapping[str, Metric], given: Mapping[str, Metric] | None
+) -> Measures:
+    """Return the loss and the metrics that suit the data, and those of the network and of a person. UserError."""
+    own = {**of_network, **(given or {})}
+    for name, metric in own.items():
+        if not callable(metric) or name in ("loss", "acc"):
+            raise UserError(f"metrics: {name!r} must be another name than loss and acc, and a function")
+    usual: dict[str, Metric] = {}
+    if config.loss == "binary_cross_entropy":
+        usual = {"acc": label_accuracy}
+    elif dataset.train_labels.ndim == 1 or config.loss == "cross_entropy":
+        usual = {"acc": accuracy}
+        if len(dataset.classes) >= MANY_CLASSES:
+            usual["top5"] = top5_accuracy
+    return Measures({**usual, **own})
 
 
 def make_optimizer(config: Config, model: Model) -> optim.Optimizer:
@@ -105,3 +332,118 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     if config.schedule == "step":
         return optim.step_decay(step, initial=peak, every=math.ceil(total / 3))
     return peak
+
+
+# -- new, or going on ------------------------------------------------------------------------------------------------
+
+
+def with_checkpoint(config: Config, code: Code, ranks: Ranks, tell: Tell) -> tuple[Config, Saved | None]:
+    """Return the complete configuration, and the checkpoint with which the run begins, if it is a resumed one."""
+    saved = None
+    if config.resume is not None:
+        resume, default_out = config.resume, resolve(config, code).out or Path()
+        saved = ranks.on_rank0(lambda: find_checkpoint(resume, default_out, tell))
+    if saved is not None:
+        config = continued(config, saved.run.config, saved.path, code)
+        config = dataclasses.replace(config, out=config.out or saved.path.parent)
+    return resolve(config, code), saved
+
+
+def continue_from(saved: Saved, trainer: Trainer, data: Data, code: Code, tell: Tell) -> None:
+    """Take up the run where its checkpoint left it."""
+    run = saved.run
+    if run.data_sha256 != data.sha256:
+        raise UserError(
+            f"{saved.path} was trained on other data ({run.data_source}) than {trainer.config.data} "
+            f"({data.dataset.source}): name the same data with --data"
+        )
+    for setting, sha256 in code.sources().items():
+        if run.sources.get(setting, sha256) != sha256:
+            name = getattr(trainer.config, setting)
+            tell(f"warning: the source of --{setting} {name} has changed since {saved.path} was saved")
+    try:
+        unpack(saved.arrays, trainer.model, trainer.optimizer)
+    except ValueError as error:
+        raise UserError(f"{saved.path}: {error}") from None
+    if run.step > trainer.last_step:
+        early = trainer.last_step < trainer.total_steps
+        asked = f"--max-steps {trainer.config.max_steps} comes too late: " if early else ""
+        raise UserError(
+            f"{asked}the run of {saved.path} is at step {run.step} of {trainer.total_steps}; "
+            + ("name a larger number, or none" if asked else "it was not written by this program")
+        )
+    trainer.step = trainer.optimizer.steps = run.step
+    trainer.best = run.best
+    sums = [run.epoch_sums.get(name, [0.0, 0.0]) for name in trainer.measures.names]
+    trainer.epoch_sums[:] = np.ravel(sums)
+
+
+def start_from(path: str, model: Model, ranks: Ranks, tell: Tell) -> None:
+    """Copy those weights of the checkpoint ``path`` that fit into ``model``, on rank 0, and list what did not."""
+
+    def copy_weights() -> None:
+        with as_user_errors():
+            arrays, _ = checkpoint.load(path)
+        saved = {name.removeprefix("model/"): array for name, array in arrays.items() if name.startswith("model/")}
+        state = model.state_dict()
+        fitting = {name: array for name, array in saved.items() if name in state and state[name].shape == array.shape}
+        if not fitting:
+            raise UserError(f"--init {path}: none of its {len(saved)} arrays fits the model: name another checkpoint")
+        model.load_state_dict(state | fitting)
+        others = [f"{name} {saved[name].shape}, not {state[name].shape}" for name in saved.keys() & state.keys()]
+        tell(f"--init {path}: {len(fitting)} of the model's {len(state)} arrays start from there")
+        lines = {
+            "of another shape": sorted(line for line in others if line.split()[0] not in fitting),
+            "only in the checkpoint": sorted(saved.keys() - state.keys()),
+            "only in the model": sorted(state.keys() - saved.keys()),
+        }
+        for kind, names in lines.items():
+            if names:
+                tell(f"--init {path}: {kind}: {', '.join(names)}")
+
+    ranks.on_rank0(copy_weights)
+
+
+def data_attributes(data: Data, code: Code) -> dict[str, Any]:
+    """Return the attributes that all checkpoints of a run share, besides those of its model."""
+    return {
+        "sources": json.dumps(code.sources()),
+        "classes": list(data.dataset.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "data_source": data.dataset.source,
+        "data_archive_sha256": data.dataset.sha256,
+        "data_sha256": data.sha256,
+    }
+
+
+def open_folder(trainer: Trainer, saved: Saved | None, tell: Tell) -> None:
+    """Let the run have its folder: as a resumed run left it there, or with nothing of another run in its way."""
+    folder, report = trainer.folder, trainer.report
+    trainer.unsaved = saved is None or saved.path.resolve().parent != folder.path
+    folder.open(trainer.unsaved, to_toml(trainer.config), tell)
+    if trainer.unsaved:
+        trainer.best = -math.inf
+    else:
+        trainer.ranks.on_rank0(as_user_errors()(lambda: report.rewind(trainer.step, trainer.steps_per_epoch)))
+
+
+def greeting(config: Config, dataset: Dataset, ranks: Ranks, threads: int) -> list[str]:
+    """Return lines that say what is about to be trained, on what, and what would make it faster."""
+    shards, cores = config.shards, ranks.cores_on_node
+    lines = [
+        f"{config.model} on {dataset.source}: {len(dataset.train_images)} training and "
+        f"{len(dataset.test_images)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
+        f"thread{'s' * (threads > 1)}, {config.backend}"
+    ]
+    if ranks.oversubscribed:
+        lines.append(
+            f"note: {ranks.local_size} ranks share {cores} cores of this host: the result is the "
+            "same, but as many ranks as cores would be faster"
+        )
+    elif cores > (shards or 1):
+        lines.append(
+            f"note: {cores} cores, {shards} shards: up to {shards} ranks "
+            "share the work, and threads the other cores; for more ranks raise --shards, and --batch-size with it"
+        )
+    return lines

@@ -1,8 +1,10 @@
 """What a checkpoint holds, and how a trained model comes back from one."""
 
+import inspect
 import json
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,10 +18,12 @@ from cnnmpi.common.text import read_json
 from cnnmpi.functional.init import at_most
 from cnnmpi.models import MODELS, Model
 from cnnmpi.optim import Optimizer
+from cnnmpi.train.code import reason, source_sha256
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 MOST_PIXELS = 1 << 26  # of an image; what is to be predicted is scaled to the size that a file names
+INPUTS = ("in_channels", "num_classes", "image_size", "seed")  # what any network is told that asks for it
 FEW = 1 << 20  # numbers that may be allocated for a model whatever its file holds: 8 MB
 
 
@@ -53,7 +57,7 @@ def _below(prefix: str, arrays: Arrays) -> Arrays:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def model_attributes(name: str, options: dict[str, Any], model: Model) -> dict[str, Any]:
+def model_attributes(name: str, options: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """Return the attributes from which ``load_checkpoint`` builds the model again."""
     return {
         "model": name,
@@ -77,28 +81,47 @@ class SavedRun:
 
     config: dict[str, Any]
     step: int  # updates done since the beginning of the run
-    epoch_counts: list[float]  # summed loss, correct answers and samples of the current epoch so far
-    best_test_acc: float  # -1 before the first evaluation
+    epoch_sums: dict[str, list[float]]  # {loss or metric: its sum and count in the current epoch so far}
+    best: float  # the evaluation of best.h5, as ``trainer.score`` gives it; -inf or -1 before the first one
     data_sha256: str
     data_source: str
+    sources: dict[str, str]  # {setting that named a person's code: sha256 of its source}
 
 
 def read_saved_run(path: str | Path, attributes: dict[str, Any]) -> SavedRun:
     """Return what the attributes of a checkpoint say of the run. Raises CheckpointError for what cannot be so."""
-    missing = sorted(
-        {"config", "step", "epoch_counts", "best_test_acc", "data_sha256", "data_source"} - set(attributes)
-    )
+    sums_name = "epoch_counts" if "epoch_counts" in attributes else "epoch_sums"  # the former until version 0.1
+    missing = sorted({"config", "step", sums_name, "data_sha256", "data_source"} - set(attributes))
     if missing:
         raise CheckpointError(f"{path}: not a checkpoint of cnnmpi.train: it lacks {', '.join(missing)}")
-    step, counts, best = (attributes[name] for name in ("step", "epoch_counts", "best_test_acc"))
+    step, sums = attributes["step"], attributes[sums_name]
     _check(path, "step", _whole(step) and 0 <= step < 2**53, step, "a number of steps")
-    right = _numbers(counts) and len(counts) == 3 and 0 <= counts[1] <= counts[2]
-    _check(path, "epoch_counts", right, counts, "loss, correct answers and samples")
+    if sums_name == "epoch_counts":
+        right = _numbers(sums) and len(sums) == 3 and 0 <= sums[1] <= sums[2]
+        _check(path, sums_name, right, sums, "loss, correct answers and samples")
+        sums = {"loss": [sums[0], sums[2]], "acc": [sums[1], sums[2]]}
+    else:
+        sums = _json(path, sums_name, sums)
+        right = all(_numbers(pair) and len(pair) == 2 and pair[1] >= 0 for pair in sums.values())
+        _check(path, sums_name, right, sums, "a sum and a count for each name")
+    best = attributes.get("best_test_acc", -1)
     _check(path, "best_test_acc", _numbers([best]) and (best == -1 or 0 <= best <= 1), best, "-1, or from 0 to 1")
+    if "best_test_acc" not in attributes:
+        loss = attributes.get("best_test_loss", math.inf)
+        _check(path, "best_test_loss", loss == math.inf or _numbers([loss]), loss, "a loss")
+        best = -loss
     for name in ("data_sha256", "data_source"):
         _check(path, name, isinstance(attributes[name], str), attributes[name], "a text")
     config = _json(path, "config", attributes["config"])
-    return SavedRun(config, step, counts, float(best), attributes["data_sha256"], attributes["data_source"])
+    sources = _sources(path, attributes)
+    return SavedRun(config, step, sums, float(best), attributes["data_sha256"], attributes["data_source"], sources)
+
+
+def _sources(path: str | Path, attributes: dict[str, Any]) -> dict[str, str]:
+    sources = _json(path, "sources", attributes.get("sources", "{}"))
+    right = all(isinstance(value, str) for value in sources.values())
+    _check(path, "sources", right, sources, "a sha256 for each setting")
+    return sources
 
 
 @dataclass(frozen=True)
@@ -111,38 +134,73 @@ class Info:
     options: dict[str, Any]
     attributes: dict[str, Any]
 
+    @classmethod
+    def of(cls, attributes: dict[str, Any]) -> "Info":
+        """Return what the ``attributes`` of a checkpoint say."""
+        classes, mean, std = (attributes[name] for name in ("classes", "mean", "std"))
+        return cls(classes, mean, std, json.loads(attributes["model_options"]), attributes)
 
-def load_checkpoint(path: str | Path) -> Model:
+
+def load_checkpoint(path: str | Path, model: Callable[..., Model] | None = None) -> Model:
     """Return the trained model of a checkpoint, ready to use: in evaluation mode, computing with NumPy.
 
-    ``model.info`` says how to feed it: ``mean`` and ``std`` for the pixels in 0..1, and the names of the ``classes``.
-    Raises CheckpointError, naming the file, where it is damaged or holds no model of this package.
+    A network of your own is given as ``model``, its class: no code is imported because a file names it. Where its
+    source is not what it was, a UserWarning says so. ``model.info`` says how to feed it: ``mean`` and ``std`` for the
+    pixels in 0..1, and the names of the ``classes``. Raises CheckpointError, naming the file, where it is damaged, or
+    holds weights of other names or shapes than the model has.
     """
     arrays, attributes = checkpoint.load(path)
     name = attributes.get("model")
-    if not isinstance(name, str) or name not in MODELS:
-        raise CheckpointError(f"{path}: holds the model {name!r:.100}; this version knows {', '.join(MODELS)}")
-    info = _info(path, name, attributes)
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path}: holds no model: it was not written by cnnmpi.train")
+    if model is None and name not in MODELS:
+        raise CheckpointError(
+            f"{path}: holds the model {name:.100}, which is none of {', '.join(MODELS)}: give its class, in code by "
+            "load_checkpoint(path, model=Net), on the command line by --model FILE.py:Net"
+        )
+    network = MODELS[name] if model is None else model
+    called = getattr(network, "__qualname__", name)
+    info = _info(path, name, attributes, free=model is not None)
+    if model is not None:
+        saved, now = _sources(path, attributes).get("model", ""), source_sha256(network)
+        if saved and now and saved != now:
+            warnings.warn(f"{path}: the source of {called} has changed since this was saved", stacklevel=2)
     held = sum(array.size for array in _below("model/", arrays).values())
     try:
         with at_most(max(held, FEW)):  # the options may ask for any size: no more is built than the file could fill
-            model = MODELS[name](**info.options)
-        unpack(arrays, model)
+            built = network(**accepted(network, info.options))
+        if not isinstance(built, Model):
+            raise TypeError(f"{called} makes a {type(built).__name__}, and no cnnmpi.Model")
+        unpack(arrays, built)
     except Exception as error:  # options from a file can make a constructor raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: does not describe a {name} completely: {reason:.1000}") from None
-    model.info = info
-    model.eval()
-    return model
+        raise CheckpointError(f"{path}: does not fit {called}: {reason(error)}") from None
+    built.info = info
+    built.eval()
+    return built
 
 
-def _info(path: str | Path, name: str, attributes: dict[str, Any]) -> Info:
-    """Return what the attributes say of the model. Raises CheckpointError where they are missing, or do not fit."""
+def accepted(network: Callable[..., Model], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``options`` but for those of INPUTS that the constructor of ``network`` does not take."""
+    parameters = inspect.signature(network).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(options)
+    return {name: value for name, value in options.items() if name in parameters or name not in INPUTS}
+
+
+def _info(path: str | Path, name: str, attributes: dict[str, Any], free: bool) -> Info:
+    """Return what the attributes say of the model, whose other options are ``free``.
+
+    Raises CheckpointError where they are missing, or do not fit.
+    """
     missing = sorted({"model_options", "classes", "mean", "std"} - set(attributes))
     if missing:
         raise CheckpointError(f"{path}: does not describe a {name} completely: it lacks {', '.join(missing)}")
     options = _json(path, "model_options", attributes["model_options"])
-    sizes = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
+    sizes = {
+        key: value if isinstance(value, list) else [value]
+        for key, value in options.items()
+        if key in INPUTS or not free
+    }
     right = all(_whole(number) and 0 <= number < 2**31 for numbers in sizes.values() for number in numbers)
     right = right and {"in_channels", "num_classes", "image_size"} <= set(options)
     right = right and len(sizes["image_size"]) <= 2 and math.prod(sizes["image_size"]) <= MOST_PIXELS

@@ -27,11 +27,11 @@ class Team:
     """Models for as many threads, with the same parameters.
 
     What a body returns for an item must not depend on the model that it is given; then it does not on their number.
-    New threads call ``prepare`` first.
+    New threads call ``prepare`` first. ``threads``, at least as many, are those that the ops use as well.
     """
 
-    def __init__(self, models: Sequence[Model], prepare: Callable[[], None] | None = None) -> None:
-        self.models = list(models)
+    def __init__(self, models: Sequence[Model], threads: int = 1, prepare: Callable[[], None] | None = None) -> None:
+        self.models, self.threads = list(models), threads
         others = len(models) - 1
         self._pool = ThreadPoolExecutor(others, "cnnmpi-shard", initializer=prepare) if others else None
 

@@ -1,35 +1,16 @@
-"""Models: a model is its layers, in the order of their definition.
-
-``SimpleCNN`` and ``SmallResNet`` are the reference models; ``MODELS`` maps their command-line names to their classes.
-"""
+"""What every model is: layers in the order of their definition, the engine under them, and its arrays laid out flat."""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from cnnmpi import functional
-from cnnmpi.functional.conv import Size, pair
-from cnnmpi.layers import (
-    Array,
-    BatchNorm,
-    Conv2d,
-    Dropout,
-    Flatten,
-    GlobalAvgPool2d,
-    Layer,
-    Linear,
-    MaxPool2d,
-    ReLU,
-    Residual,
-    Sequential,
-    Whitening,
-)
+from cnnmpi.layers import Array, Dropout, Layer
 from cnnmpi.layers.containers import chain_backward, chain_skip_input_grad
-from cnnmpi.rng import generator
 
 
 class Model(Layer):
@@ -40,6 +21,7 @@ class Model(Layer):
     attribute again puts another layer in the place of the old one, such as a new head on a trained model.
     """
 
+    recipe: ClassVar[Mapping[str, Any]] = {}  # settings of training that suit this network; the others have defaults
     info: Any = None  # of a model that load_checkpoint returned: classes, mean, std, ...
 
     def forward(self, x: Array) -> Array:
@@ -193,70 +175,3 @@ class FlatArrays:
                 F.retire(old)
                 start = end
         return flat
-
-
-class SimpleCNN(Model):
-    """conv - pool - conv - pool - fully connected: 60,362 parameters and 5.6 million multiply-adds for CIFAR-10."""
-
-    def __init__(self, in_channels: int = 3, num_classes: int = 10, image_size: Size = 32, seed: int = 0) -> None:
-        super().__init__()
-        height, width = pair(image_size)
-        if min(height, width) < 4:
-            raise ValueError(f"SimpleCNN pools twice: images must have at least 4x4 pixels, got {height}x{width}")
-        rng = generator(seed, "init")
-        self.features = Sequential(
-            Conv2d(in_channels, 32, 3, padding=1, rng=rng),
-            MaxPool2d(2),  # before the ReLU, which commutes with it and then has a quarter of the work
-            ReLU(),
-            Conv2d(32, 64, 3, padding=1, rng=rng),
-            MaxPool2d(2),
-            ReLU(),
-        )
-        self.flatten = Flatten()
-        self.classifier = Linear(64 * (height // 4) * (width // 4), num_classes, rng=rng)
-
-
-def unit(in_c: int, out_c: int, pool: bool = False, *, rng: np.random.Generator) -> Sequential:
-    """The unit that SmallResNet is made of: 3x3 convolution, a pool where the resolution halves, BatchNorm with ReLU.
-
-    Pooling first spares BatchNorm and ReLU three quarters of their work.
-    """
-    conv = Conv2d(in_c, out_c, 3, padding=1, bias=False, rng=rng)
-    return Sequential(conv, *([MaxPool2d(2)] if pool else []), BatchNorm(out_c, relu=True))
-
-
-class SmallResNet(Model):
-    """A shallow residual network: most accuracy for the time that a CPU has.
-
-    A fixed whitening stem at full resolution, which needs no backward pass; then three stages, each of which widens,
-    halves the resolution and refines the result by a residual unit. For CIFAR-10: 1,160,970 parameters, 81 million
-    multiply-adds. Takes images from 16x16 pixels on.
-    """
-
-    def __init__(
-        self,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        image_size: Size = 32,
-        seed: int = 0,
-        widths: tuple[int, ...] = (24, 64, 128, 256),
-    ) -> None:
-        super().__init__()
-        if min(pair(image_size)) < 16:
-            raise ValueError(f"SmallResNet: images must have at least 16x16 pixels, got {image_size}")
-        rng = generator(seed, "init")
-
-        def stage(in_c: int, out_c: int) -> Sequential:
-            return Sequential(unit(in_c, out_c, pool=True, rng=rng), Residual(unit(out_c, out_c, rng=rng)))
-
-        stem, first, second, third = widths
-        stem = min(stem, 18 * in_channels)  # the 9 principal components a channel of 3x3 patches, and their negatives
-        self.stem = Sequential(Whitening(in_channels, stem), ReLU())
-        self.stage1 = stage(stem, first)
-        self.stage2 = stage(first, second)
-        self.stage3 = stage(second, third)
-        self.pool = GlobalAvgPool2d()
-        self.classifier = Linear(third, num_classes, rng=rng)
-
-
-MODELS: dict[str, Callable[..., Model]] = {"simplecnn": SimpleCNN, "smallresnet": SmallResNet}
