@@ -9,7 +9,7 @@ if sys.platform == "win32":
     raise ImportError("cnnmpi runs on Linux, not on Windows: install it in the Windows Subsystem for Linux (WSL 2)")
 
 from cnnmpi.data import DataLoader, load_cifar10
-from cnnmpi.functional import cross_entropy_loss
+from cnnmpi.functional import binary_cross_entropy_loss, cross_entropy_loss, mse_loss
 from cnnmpi.layers import (
     AvgPool2d,
     BatchNorm,
@@ -54,7 +54,9 @@ __all__ = [
     "SmallResNet",
     "Softmax",
     "Trainer",
+    "binary_cross_entropy_loss",
     "cross_entropy_loss",
     "load_checkpoint",
     "load_cifar10",
+    "mse_loss",
 ]

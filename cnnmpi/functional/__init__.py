@@ -7,7 +7,6 @@ channels-last, (N, H, W, C), in memory. ``cnnmpi.functional_torch`` has the same
 
 from cnnmpi.functional.activation import (
     add,
-    cross_entropy_loss,
     dropout,
     dropout_backward,
     flatten,
@@ -31,6 +30,8 @@ from cnnmpi.functional.arrays import (
 from cnnmpi.functional.blocks import set_threads
 from cnnmpi.functional.conv import col2im, conv2d, conv2d_backward, im2col, linear, linear_backward
 from cnnmpi.functional.init import kaiming_normal, kaiming_uniform, whitening, xavier_normal, xavier_uniform
+from cnnmpi.functional.loss import binary_cross_entropy_loss, cross_entropy_loss, mse_loss
+from cnnmpi.functional.metrics import accuracy, label_accuracy, top5_accuracy
 from cnnmpi.functional.norm import batch_norm, batch_norm_backward
 from cnnmpi.functional.pool import (
     avg_pool2d,
@@ -43,6 +44,7 @@ from cnnmpi.functional.pool import (
 from cnnmpi.functional.winograd import constant_filters
 
 __all__ = [
+    "accuracy",
     "add",
     "address",
     "as_array",
@@ -50,6 +52,7 @@ __all__ = [
     "avg_pool2d_backward",
     "batch_norm",
     "batch_norm_backward",
+    "binary_cross_entropy_loss",
     "channels_last_view",
     "col2im",
     "constant_filters",
@@ -68,10 +71,12 @@ __all__ = [
     "is_intact",
     "kaiming_normal",
     "kaiming_uniform",
+    "label_accuracy",
     "linear",
     "linear_backward",
     "max_pool2d",
     "max_pool2d_backward",
+    "mse_loss",
     "relu",
     "relu_backward",
     "retire",
@@ -80,6 +85,7 @@ __all__ = [
     "softmax",
     "softmax_backward",
     "to_numpy",
+    "top5_accuracy",
     "whitening",
     "xavier_normal",
     "xavier_uniform",

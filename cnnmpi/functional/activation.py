@@ -1,6 +1,5 @@
-"""Sums, ReLU, dropout, softmax, flattening and the cross-entropy loss, forward and backward."""
+"""Sums, ReLU, dropout, softmax and flattening, forward and backward."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -76,48 +75,3 @@ def softmax_backward(dy: Array, y: Array) -> Array:
     """Return dx = y (dy - sum dy y) for y = softmax(x)."""
     dx: Array = y * (dy - (dy * y).sum(axis=-1, keepdims=True))
     return dx
-
-
-def cross_entropy_loss(
-    logits: Array, targets: Array, *, label_smoothing: float = 0.0, reduction: str = "mean"
-) -> tuple[float, Array]:
-    """Return the cross-entropy of ``logits`` (N, K) against the classes ``targets`` (N,) and its gradient (N, K).
-
-    loss = logsumexp(z) - sum_k q_k z_k for each sample, with q = 1 - e + e / K at the target and e / K elsewhere, for
-    e = ``label_smoothing`` (Szegedy et al., "Rethinking the Inception architecture", 2016); dlogits = softmax(z) - q.
-    A logit of -inf rules its class out. ``reduction`` is "mean" over the samples or "sum". Raises ValueError unless the
-    logits are float32 or float64 and the targets whole numbers, of any dtype, in 0..K-1.
-    """
-    logits, targets = np.asarray(logits), np.asarray(targets)
-    if logits.ndim != 2 or targets.shape != logits.shape[:1] or targets.dtype.kind not in "iu":
-        raise ValueError(
-            f"cross_entropy_loss: expected logits (N, K) and integer targets (N,), "
-            f"got {logits.shape} and {targets.dtype} {targets.shape}"
-        )
-    if logits.dtype.char not in "fd":
-        raise ValueError(f"cross_entropy_loss: expected logits of float32 or float64, got {logits.dtype}")
-    N, K = logits.shape
-    if N == 0:
-        raise ValueError("cross_entropy_loss: an empty batch has no loss")
-    if targets.min() < 0 or targets.max() >= K:
-        raise ValueError(f"cross_entropy_loss: targets must lie in 0..{K - 1}, got {targets.min()}..{targets.max()}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy_loss: label_smoothing must lie in 0..1, got {label_smoothing}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"cross_entropy_loss: reduction must be 'mean' or 'sum', got {reduction!r}")
-    at_targets = np.arange(N), targets
-    q = np.full((N, K), label_smoothing / K, logits.dtype)
-    q[at_targets] += 1 - label_smoothing
-    with np.errstate(invalid="ignore"):  # inf - inf, which is NaN
-        shifted = logits - logits.max(axis=1, keepdims=True)
-    e = np.exp(shifted)
-    total = e.sum(axis=1, keepdims=True)
-    # without smoothing the other terms are 0, also where the logit is -inf: 0 * -inf would be NaN
-    weighted = (q * shifted).sum(axis=1) if label_smoothing else shifted[at_targets]
-    losses = np.log(total[:, 0]) - weighted
-    dlogits = e / total - q
-    loss = math.fsum(losses.tolist())
-    if reduction == "mean":
-        loss /= N
-        dlogits /= N
-    return loss, dlogits
