@@ -10,6 +10,7 @@ if sys.platform == "win32":
 
 from cnnmpi.data import DataLoader, load_cifar10
 from cnnmpi.functional import binary_cross_entropy_loss, cross_entropy_loss, mse_loss
+from cnnmpi.gradcheck import GradientError, check_gradients
 from cnnmpi.layers import (
     AvgPool2d,
     BatchNorm,
@@ -42,6 +43,7 @@ __all__ = [
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",
+    "GradientError",
     "Identity",
     "Layer",
     "Linear",
@@ -55,6 +57,7 @@ __all__ = [
     "Softmax",
     "Trainer",
     "binary_cross_entropy_loss",
+    "check_gradients",
     "cross_entropy_loss",
     "load_checkpoint",
     "load_cifar10",
