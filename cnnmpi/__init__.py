@@ -12,6 +12,7 @@ from cnnmpi.data import DataLoader, load_cifar10
 from cnnmpi.functional import binary_cross_entropy_loss, cross_entropy_loss, mse_loss
 from cnnmpi.gradcheck import GradientError, check_gradients
 from cnnmpi.layers import (
+    GELU,
     AvgPool2d,
     BatchNorm,
     Conv2d,
@@ -20,18 +21,23 @@ from cnnmpi.layers import (
     GlobalAvgPool2d,
     Identity,
     Layer,
+    LeakyReLU,
     Linear,
     MaxPool2d,
     ReLU,
     Residual,
     Sequential,
+    Sigmoid,
+    SiLU,
     Softmax,
+    Tanh,
 )
 from cnnmpi.models import Model, SimpleCNN, SmallResNet
 from cnnmpi.optim import SGD, Adam, AdamW
 from cnnmpi.train import Config, Trainer, load_checkpoint
 
 __all__ = [
+    "GELU",
     "SGD",
     "Adam",
     "AdamW",
@@ -46,15 +52,19 @@ __all__ = [
     "GradientError",
     "Identity",
     "Layer",
+    "LeakyReLU",
     "Linear",
     "MaxPool2d",
     "Model",
     "ReLU",
     "Residual",
     "Sequential",
+    "SiLU",
+    "Sigmoid",
     "SimpleCNN",
     "SmallResNet",
     "Softmax",
+    "Tanh",
     "Trainer",
     "binary_cross_entropy_loss",
     "check_gradients",

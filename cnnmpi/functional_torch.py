@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnnmpi.common.losses import check_loss, check_range, check_smoothing, check_weights, mean_divisor
+from cnnmpi.common.arguments import check_choice, check_loss, check_range, check_smoothing, check_weights, mean_divisor
 from cnnmpi.sizes import Size, pair
 
 aten = torch.ops.aten
@@ -178,6 +178,68 @@ def relu(x: Tensor) -> tuple[Tensor, Any]:
 def relu_backward(dy: Tensor, cache: Any) -> Tensor:
     """Return dy where the output was positive, else 0."""
     dx: Tensor = aten.threshold_backward(_channels_last(dy), cache, 0)
+    return dx
+
+
+def leaky_relu(x: Tensor, *, negative_slope: float = 0.01) -> tuple[Tensor, Any]:
+    """Return x where it is positive, else ``negative_slope`` x, element by element."""
+    x = _channels_last(x)
+    return torch.nn.functional.leaky_relu(x, negative_slope), (x, negative_slope)
+
+
+def leaky_relu_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dy where x was positive, else ``negative_slope`` dy."""
+    dx: Tensor = aten.leaky_relu_backward(_channels_last(dy), *cache, False)
+    return dx
+
+
+def sigmoid(x: Tensor) -> tuple[Tensor, Any]:
+    """Return 1 / (1 + exp(-x)), element by element."""
+    y = torch.sigmoid(_channels_last(x))
+    return y, y
+
+
+def sigmoid_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx = dy y (1 - y)."""
+    dx: Tensor = aten.sigmoid_backward(_channels_last(dy), cache)
+    return dx
+
+
+def tanh(x: Tensor) -> tuple[Tensor, Any]:
+    """Return (exp(x) - exp(-x)) / (exp(x) + exp(-x)), element by element."""
+    y = torch.tanh(_channels_last(x))
+    return y, y
+
+
+def tanh_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx = dy (1 - y^2)."""
+    dx: Tensor = aten.tanh_backward(_channels_last(dy), cache)
+    return dx
+
+
+def silu(x: Tensor) -> tuple[Tensor, Any]:
+    """Return x sigmoid(x), element by element."""
+    x = _channels_last(x)
+    return torch.nn.functional.silu(x), x
+
+
+def silu_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx = dy s (1 + x (1 - s)) with s = sigmoid(x)."""
+    dx: Tensor = aten.silu_backward(_channels_last(dy), cache)
+    return dx
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> tuple[Tensor, Any]:
+    """Return x Phi(x), element by element, with Phi the standard normal distribution or its approximation by tanh."""
+    check_choice("gelu", "approximate", approximate, "none", "tanh")
+    x = _channels_last(x)
+    return torch.nn.functional.gelu(x, approximate=approximate), (x, approximate)
+
+
+def gelu_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx = dy (Phi(x) + x phi(x)), where phi is the derivative of Phi."""
+    x, approximate = cache
+    dx: Tensor = aten.gelu_backward(_channels_last(dy), x, approximate=approximate)
     return dx
 
 

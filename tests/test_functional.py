@@ -4,6 +4,7 @@ Torch computes the expected values in float64, so that a difference is our own r
 """
 
 import contextvars
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -95,7 +96,7 @@ def run(
     assert np.array_equal(F.to_numpy(y), y_before), f"{name}_backward wrote into the output"
     for given_, original in zip([*inputs, dy], [*originals, original_dy], strict=True):
         assert original is None or np.array_equal(F.to_numpy(given_), original), f"{name} wrote into its input"
-    changed = [F.to_numpy(v) for v in options.values() if not isinstance(v, int | float | tuple | None)]
+    changed = [F.to_numpy(v) for v in options.values() if not isinstance(v, int | float | str | tuple | None)]
     return [F.to_numpy(a) for a in (y, *grads) if a is not None] + changed
 
 
@@ -319,6 +320,13 @@ def test_elementwise_operations_match_autograd(window: dict[str, Any], data: st.
     keep = random(*x.shape, seed=3) < 0.4
     for each in (x, rows):
         check(data.draw, "relu", torch.relu, [each])
+        check(data.draw, "leaky_relu", lambda x: torch.nn.functional.leaky_relu(x, 0.3), [each], negative_slope=0.3)
+        check(data.draw, "sigmoid", torch.sigmoid, [10 * each])
+        check(data.draw, "tanh", torch.tanh, [10 * each])
+        check(data.draw, "silu", torch.nn.functional.silu, [10 * each])
+        check(data.draw, "gelu", torch.nn.functional.gelu, [10 * each])
+        tanh = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+        check(data.draw, "gelu", tanh, [10 * each], approximate="tanh")
     check(data.draw, "dropout", lambda x: x * torch.from_numpy(keep) / 0.7, [x], keep, p=0.3)
     check(data.draw, "flatten", lambda x: x.flatten(1), [x])
     check(data.draw, "global_avg_pool2d", lambda x: x.mean((2, 3)), [x])
@@ -463,6 +471,12 @@ def cases(N: int = 3, C: int = 3, H: int = 7, W: int = 6, dtype: str = "float64"
         "conv2d strided": ("conv2d", [x, filters, None], (), {"stride": (2, 3), "padding": (1, 2)}),
         "linear": ("linear", [rows, random(4, H, seed=7, dtype=dtype), bias], (), {}),
         "relu": ("relu", [x], (), {}),
+        "leaky_relu": ("leaky_relu", [x], (), {"negative_slope": 0.2}),
+        "sigmoid": ("sigmoid", [x], (), {}),
+        "tanh": ("tanh", [x], (), {}),
+        "silu": ("silu", [x], (), {}),
+        "gelu": ("gelu", [x], (), {}),
+        "gelu tanh": ("gelu", [x], (), {"approximate": "tanh"}),
         "dropout": ("dropout", [x], (keep,), {"p": 0.4}),
         "flatten": ("flatten", [x], (), {}),
         "softmax": ("softmax", [rows], (), {}),

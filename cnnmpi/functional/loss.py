@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.common.losses import check_loss, check_range, check_smoothing, check_weights, mean_divisor
+from cnnmpi.common.arguments import check_loss, check_range, check_smoothing, check_weights, mean_divisor
 from cnnmpi.functional.blocks import Array
 
 

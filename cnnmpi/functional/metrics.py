@@ -6,7 +6,7 @@ that is NaN answers nothing: what rests on it counts as wrong.
 
 import numpy as np
 
-from cnnmpi.common.losses import check_range
+from cnnmpi.common.arguments import check_range
 from cnnmpi.functional.blocks import Array
 
 

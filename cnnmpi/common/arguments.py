@@ -1,7 +1,13 @@
-"""What every loss asks of its arguments, whichever engine computes it. Arrays are NumPy's or tensors."""
+"""What operations ask of their arguments, whichever engine computes them. Arrays are NumPy's or tensors."""
 
 import math
 from typing import Any
+
+
+def check_choice(op: str, what: str, value: Any, *choices: str) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{op}: {what} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_loss(op: str, logits: Any, targets: Any, reduction: str, *, classes: bool = False) -> bool:
@@ -23,8 +29,7 @@ def check_loss(op: str, logits: Any, targets: Any, reduction: str, *, classes: b
         raise ValueError(f"{op}: expected logits of float32 or float64, got {_dtype(logits)}")
     if 0 in logits.shape:
         raise ValueError(f"{op}: an empty batch has no loss, got logits {tuple(logits.shape)}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"{op}: reduction must be 'mean' or 'sum', got {reduction!r}")
+    check_choice(op, "reduction", reduction, "mean", "sum")
     return is_classes
 
 
