@@ -9,8 +9,10 @@ if sys.platform == "win32":
     raise ImportError("cnnmpi runs on Linux, not on Windows: install it in the Windows Subsystem for Linux (WSL 2)")
 
 from cnnmpi.data import DataLoader, load_cifar10
-from cnnmpi.functional import cross_entropy_loss
+from cnnmpi.functional import binary_cross_entropy_loss, cross_entropy_loss, mse_loss
+from cnnmpi.gradcheck import GradientError, check_gradients
 from cnnmpi.layers import (
+    GELU,
     AvgPool2d,
     BatchNorm,
     Conv2d,
@@ -19,12 +21,16 @@ from cnnmpi.layers import (
     GlobalAvgPool2d,
     Identity,
     Layer,
+    LeakyReLU,
     Linear,
     MaxPool2d,
     ReLU,
     Residual,
     Sequential,
+    Sigmoid,
+    SiLU,
     Softmax,
+    Tanh,
 )
 from cnnmpi.models import Model, SimpleCNN, SmallResNet
 from cnnmpi.optim import SGD, Adam, AdamW
@@ -32,6 +38,7 @@ from cnnmpi.rng import first_draws
 from cnnmpi.train import Config, Trainer, fit, load_checkpoint, on_all_ranks, set_up
 
 __all__ = [
+    "GELU",
     "SGD",
     "Adam",
     "AdamW",
@@ -43,23 +50,31 @@ __all__ = [
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",
+    "GradientError",
     "Identity",
     "Layer",
+    "LeakyReLU",
     "Linear",
     "MaxPool2d",
     "Model",
     "ReLU",
     "Residual",
     "Sequential",
+    "SiLU",
+    "Sigmoid",
     "SimpleCNN",
     "SmallResNet",
     "Softmax",
+    "Tanh",
     "Trainer",
+    "binary_cross_entropy_loss",
+    "check_gradients",
     "cross_entropy_loss",
     "first_draws",
     "fit",
     "load_checkpoint",
     "load_cifar10",
+    "mse_loss",
     "on_all_ranks",
     "set_up",
 ]

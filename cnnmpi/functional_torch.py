@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cnnmpi.common.arguments import check_choice, check_loss, check_range, check_smoothing, check_weights, mean_divisor
 from cnnmpi.sizes import Size, pair
 
 aten = torch.ops.aten
@@ -158,7 +159,7 @@ def linear_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor | No
     return dy @ W, dy.T @ x, dy.sum(0) if has_bias else None
 
 
-# -- activations and the loss ----------------------------------------------------------------------------------------
+# -- activations -----------------------------------------------------------------------------------------------------
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -177,6 +178,68 @@ def relu(x: Tensor) -> tuple[Tensor, Any]:
 def relu_backward(dy: Tensor, cache: Any) -> Tensor:
     """Return dy where the output was positive, else 0."""
     dx: Tensor = aten.threshold_backward(_channels_last(dy), cache, 0)
+    return dx
+
+
+def leaky_relu(x: Tensor, *, negative_slope: float = 0.01) -> tuple[Tensor, Any]:
+    """Return x where it is positive, else ``negative_slope`` x, element by element."""
+    x = _channels_last(x)
+    return torch.nn.functional.leaky_relu(x, negative_slope), (x, negative_slope)
+
+
+def leaky_relu_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dy where x was positive, else ``negative_slope`` dy."""
+    dx: Tensor = aten.leaky_relu_backward(_channels_last(dy), *cache, False)
+    return dx
+
+
+def sigmoid(x: Tensor) -> tuple[Tensor, Any]:
+    """Return 1 / (1 + exp(-x)), element by element."""
+    y = torch.sigmoid(_channels_last(x))
+    return y, y
+
+
+def sigmoid_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx = dy y (1 - y)."""
+    dx: Tensor = aten.sigmoid_backward(_channels_last(dy), cache)
+    return dx
+
+
+def tanh(x: Tensor) -> tuple[Tensor, Any]:
+    """Return (exp(x) - exp(-x)) / (exp(x) + exp(-x)), element by element."""
+    y = torch.tanh(_channels_last(x))
+    return y, y
+
+
+def tanh_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx = dy (1 - y^2)."""
+    dx: Tensor = aten.tanh_backward(_channels_last(dy), cache)
+    return dx
+
+
+def silu(x: Tensor) -> tuple[Tensor, Any]:
+    """Return x sigmoid(x), element by element."""
+    x = _channels_last(x)
+    return torch.nn.functional.silu(x), x
+
+
+def silu_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx = dy s (1 + x (1 - s)) with s = sigmoid(x)."""
+    dx: Tensor = aten.silu_backward(_channels_last(dy), cache)
+    return dx
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> tuple[Tensor, Any]:
+    """Return x Phi(x), element by element, with Phi the standard normal distribution or its approximation by tanh."""
+    check_choice("gelu", "approximate", approximate, "none", "tanh")
+    x = _channels_last(x)
+    return torch.nn.functional.gelu(x, approximate=approximate), (x, approximate)
+
+
+def gelu_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx = dy (Phi(x) + x phi(x)), where phi is the derivative of Phi."""
+    x, approximate = cache
+    dx: Tensor = aten.gelu_backward(_channels_last(dy), x, approximate=approximate)
     return dx
 
 
@@ -213,45 +276,92 @@ def softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
     return dx
 
 
-def cross_entropy_loss(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, reduction: str = "mean"
-) -> tuple[float, Tensor]:
-    """Return the cross-entropy of ``logits`` (N, K) against the classes ``targets`` (N,) and its gradient (N, K).
+# -- losses ----------------------------------------------------------------------------------------------------------
 
-    Options and errors are those of ``cnnmpi.functional.cross_entropy_loss``. Waits for the device.
+
+def cross_entropy_loss(
+    logits: Tensor, targets: Tensor, *, weight: Any = None, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> tuple[float, Tensor]:
+    """Return the cross-entropy of ``logits`` (N, K) against ``targets`` and its gradient (N, K).
+
+    ``targets`` are classes (N,) or probabilities (N, K). Options, formula and errors are those of
+    ``cnnmpi.functional.cross_entropy_loss``. Waits for the device.
     """
+    op = "cross_entropy_loss"
     targets = torch.as_tensor(targets, device=logits.device)
-    whole = not (targets.is_floating_point() or targets.is_complex()) and targets.dtype != torch.bool
-    if logits.ndim != 2 or targets.shape != logits.shape[:1] or not whole:
-        raise ValueError(
-            f"cross_entropy_loss: expected logits (N, K) and integer targets (N,), "
-            f"got {tuple(logits.shape)} and {str(targets.dtype).removeprefix('torch.')} {tuple(targets.shape)}"
-        )
-    if logits.dtype not in (torch.float32, torch.float64):
-        dtype = str(logits.dtype).removeprefix("torch.")
-        raise ValueError(f"cross_entropy_loss: expected logits of float32 or float64, got {dtype}")
+    is_classes = check_loss(op, logits, targets, reduction, classes=True)
+    check_smoothing(op, label_smoothing)
     N, K = logits.shape
-    targets = targets.long()
-    if N == 0:
-        raise ValueError("cross_entropy_loss: an empty batch has no loss")
-    lowest, highest = int(targets.min()), int(targets.max())
-    if lowest < 0 or highest >= K:
-        raise ValueError(f"cross_entropy_loss: targets must lie in 0..{K - 1}, got {lowest}..{highest}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy_loss: label_smoothing must lie in 0..1, got {label_smoothing}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"cross_entropy_loss: reduction must be 'mean' or 'sum', got {reduction!r}")
-    q = torch.full_like(logits, label_smoothing / K)
-    q.scatter_(1, targets[:, None], 1 - label_smoothing + label_smoothing / K)
+    mass: Any = 1  # sum_k w_k q'_k
+    divisor: float = N
+    if is_classes:
+        targets = targets.long()
+        check_range(op, "targets", targets, 0, K - 1)
+        q = torch.full_like(logits, label_smoothing / K)
+        q.scatter_(1, targets[:, None], 1 - label_smoothing + label_smoothing / K)
+    else:
+        check_range(op, "target probabilities", targets, least=0)
+        q = targets.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / K
+    if weight is not None:
+        weight = torch.as_tensor(weight, dtype=logits.dtype, device=logits.device)
+        check_weights(op, "weight", weight, K)
+        q *= weight
+        if is_classes and reduction == "mean":
+            divisor = mean_divisor(op, weight[targets].sum(dtype=torch.float64).item())
+    if weight is not None or not is_classes:
+        mass = q.sum(1, keepdim=True)
     log_p = torch.log_softmax(logits, 1)
-    # without smoothing the other terms are 0, also where the logit is -inf: 0 * -inf would be NaN
-    weighted = (q * log_p).sum(1) if label_smoothing else log_p.gather(1, targets[:, None])
-    loss = -weighted.sum(dtype=torch.float64)
-    dlogits = log_p.exp() - q
-    if reduction == "mean":
-        loss /= N
-        dlogits /= N
-    return loss.item(), dlogits
+    return _reduced(-_times(q, log_p).sum(1), mass * log_p.exp() - q, divisor, reduction)
+
+
+def binary_cross_entropy_loss(
+    logits: Tensor, targets: Tensor, *, pos_weight: Any = None, reduction: str = "mean"
+) -> tuple[float, Tensor]:
+    """Return the binary cross-entropy of ``logits`` (N, K), for K labels that an image may have, and its gradient.
+
+    ``targets`` are floats (N, K) in 0..1. Options, formula and errors are those of
+    ``cnnmpi.functional.binary_cross_entropy_loss``. Waits for the device.
+    """
+    op = "binary_cross_entropy_loss"
+    targets = torch.as_tensor(targets, device=logits.device)
+    check_loss(op, logits, targets, reduction)
+    check_range(op, "targets", targets, 0, 1)
+    N, K = logits.shape
+    positive = targets.to(logits.dtype)
+    negative = 1 - positive
+    if pos_weight is not None:
+        pos_weight = torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device)
+        check_weights(op, "pos_weight", pos_weight, K)
+        positive = positive * pos_weight
+    log_sigmoid = torch.nn.functional.logsigmoid  # softplus(z) = -log_sigmoid(-z), but torch's is linear from 20 on
+    losses = -_times(positive, log_sigmoid(logits)) - _times(negative, log_sigmoid(-logits))
+    dlogits = ((positive + negative) * torch.sigmoid(logits) - positive) / K
+    return _reduced(losses.mean(1, dtype=torch.float64), dlogits, N, reduction)
+
+
+def mse_loss(outputs: Tensor, targets: Tensor, *, reduction: str = "mean") -> tuple[float, Tensor]:
+    """Return the squared error of ``outputs`` (N, K) against ``targets`` (N, K) and its gradient (N, K).
+
+    Formula and errors are those of ``cnnmpi.functional.mse_loss``. Waits for the device.
+    """
+    op = "mse_loss"
+    targets = torch.as_tensor(targets, device=outputs.device)
+    check_loss(op, outputs, targets, reduction)
+    check_range(op, "targets", targets)
+    N, K = outputs.shape
+    difference = outputs - targets.to(outputs.dtype)
+    return _reduced(difference.square().mean(1, dtype=torch.float64), difference * (2 / K), N, reduction)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b, and 0 where a is, even if b is infinite."""
+    return torch.where(a != 0, a * b, 0)
+
+
+def _reduced(losses: Tensor, dlogits: Tensor, divisor: float, reduction: str) -> tuple[float, Tensor]:
+    """Return the sum of the samples' ``losses`` with its gradient, both divided by ``divisor`` for "mean"."""
+    loss = losses.sum(dtype=torch.float64).item()
+    return (loss / divisor, dlogits / divisor) if reduction == "mean" else (loss, dlogits)
 
 
 # -- batch normalisation ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""Sizes and counts as people give them: whole numbers of Python's or of NumPy's kinds, one or two."""
+"""Sizes, counts and numbers as people give them, of Python's or of NumPy's kinds."""
 
+import math
 import operator
 from typing import Any
 
@@ -14,6 +15,16 @@ def whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def number(name: str, value: Any) -> float:
+    """Return ``value`` as a float. Raises ValueError for what is no finite number."""
+    try:
+        if not isinstance(value, bool | str) and math.isfinite(value):
+            return float(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def pair(size: Any) -> tuple[int, int]:

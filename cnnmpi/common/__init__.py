@@ -1,1 +1,1 @@
-"""What several rooms of the package need, and no more: whole files, HDF5 and texts from anyone."""
+"""What several rooms of the package need, and no more: files, HDF5, texts from anyone, the arguments of operations."""

@@ -6,10 +6,25 @@ A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after 
 
 from cnnmpi.layers.base import Array, Layer, Pair
 from cnnmpi.layers.containers import Identity, Residual, Sequential
-from cnnmpi.layers.fixed import AvgPool2d, Dropout, Flatten, GlobalAvgPool2d, MaxPool2d, ReLU, Softmax, Whitening
+from cnnmpi.layers.fixed import (
+    GELU,
+    AvgPool2d,
+    Dropout,
+    Flatten,
+    GlobalAvgPool2d,
+    LeakyReLU,
+    MaxPool2d,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Tanh,
+    Whitening,
+)
 from cnnmpi.layers.learned import BatchNorm, Conv2d, Linear
 
 __all__ = [
+    "GELU",
     "Array",
     "AvgPool2d",
     "BatchNorm",
@@ -19,12 +34,16 @@ __all__ = [
     "GlobalAvgPool2d",
     "Identity",
     "Layer",
+    "LeakyReLU",
     "Linear",
     "MaxPool2d",
     "Pair",
     "ReLU",
     "Residual",
     "Sequential",
+    "SiLU",
+    "Sigmoid",
     "Softmax",
+    "Tanh",
     "Whitening",
 ]

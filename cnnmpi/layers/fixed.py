@@ -1,25 +1,83 @@
-"""The layers without parameters: ReLU, dropout, pools, flattening, softmax, whitening."""
+"""The layers without parameters: activations, dropout, pools, flattening, softmax, whitening."""
 
 from typing import Any
 
 import numpy as np
 
 from cnnmpi import functional
+from cnnmpi.common.arguments import check_choice
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.rng import generator
-from cnnmpi.sizes import Size, pair, whole
+from cnnmpi.sizes import Size, number, pair, whole
 
 
-class ReLU(Layer):
-    """max(x, 0), element by element."""
+class _Activation(Layer):
+    """A function of each element on its own: y = op(x), of the shape of x, whatever that is."""
+
+    op: str  # its name among the operations
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {}
 
     def forward(self, x: Array) -> Array:
-        """Shape kept."""
-        return self._keep(self.F.relu(x))
+        """Return y, the function of each element of ``x``: of the shape of x."""
+        return self._keep(getattr(self.F, self.op)(x, **self.options))
 
     def backward(self, dout: Array) -> Array:
-        """Shape kept."""
-        return self.F.relu_backward(dout, self._taken(dout))
+        """Return dx, the gradient by the input, for that by the output: of the same shape."""
+        return getattr(self.F, f"{self.op}_backward")(dout, self._taken(dout))
+
+    def _options(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+
+
+class ReLU(_Activation):
+    """max(x, 0), element by element."""
+
+    op = "relu"
+
+
+class LeakyReLU(_Activation):
+    """x where it is positive, else ``negative_slope`` x (Maas et al., 2013)."""
+
+    op = "leaky_relu"
+
+    def __init__(self, negative_slope: float = 0.01) -> None:
+        super().__init__()
+        self.options["negative_slope"] = number("LeakyReLU: negative_slope", negative_slope)
+
+
+class SiLU(_Activation):
+    """x sigmoid(x), also known as swish (Elfwing et al., 2017)."""
+
+    op = "silu"
+
+
+class GELU(_Activation):
+    """x Phi(x), with Phi the standard normal distribution (Hendrycks and Gimpel, 2016).
+
+    With ``approximate`` "tanh", Phi(x) is replaced by (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2.
+    """
+
+    op = "gelu"
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        check_choice("GELU", "approximate", approximate, "none", "tanh")
+        self.options["approximate"] = approximate
+
+
+class Sigmoid(_Activation):
+    """1 / (1 + exp(-x)). For training, binary_cross_entropy_loss on the logits is exact and faster."""
+
+    op = "sigmoid"
+
+
+class Tanh(_Activation):
+    """The hyperbolic tangent, (exp(x) - exp(-x)) / (exp(x) + exp(-x))."""
+
+    op = "tanh"
 
 
 class Dropout(Layer):
@@ -40,7 +98,7 @@ class Dropout(Layer):
         self._seed, self._where, self._calls = seed, where, 0
 
     def forward(self, x: Array) -> Array:
-        """Shape kept."""
+        """Return ``x`` (N, ...) with a new mask in training, else x itself."""
         if not self.training or self.p == 0:
             return self._keep((x, ()))
         rng = generator(self._seed, f"dropout {self.name}", *self._where, self._calls)
@@ -49,7 +107,7 @@ class Dropout(Layer):
         return self._keep(self.F.dropout(x, keep, p=self.p))
 
     def backward(self, dout: Array) -> Array:
-        """Shape kept."""
+        """Return dx, the gradient by the input (N, ...): ``dout``, masked and scaled as x was."""
         cache = self._taken(dout)
         return dout if isinstance(cache, tuple) else self.F.dropout_backward(dout, cache)
 
@@ -81,11 +139,11 @@ class MaxPool2d(_Pool):
     """The maximum of each window: (N, C, H, W) -> (N, C, Ho, Wo)."""
 
     def forward(self, x: Array) -> Array:
-        """(N, C, H, W) -> (N, C, Ho, Wo)."""
+        """Return the maximum of each window of ``x`` (N, C, H, W): y (N, C, Ho, Wo)."""
         return self._pool(self.F.max_pool2d, x)
 
     def backward(self, dout: Array) -> Array:
-        """(N, C, Ho, Wo) -> (N, C, H, W)."""
+        """Return dx, the gradient by the input (N, C, H, W): each maximum has its window's, the first of equal ones."""
         return self.F.max_pool2d_backward(dout, self._taken(dout))
 
 
@@ -93,11 +151,11 @@ class AvgPool2d(_Pool):
     """The mean of each window, padding counted as zeros: (N, C, H, W) -> (N, C, Ho, Wo)."""
 
     def forward(self, x: Array) -> Array:
-        """(N, C, H, W) -> (N, C, Ho, Wo)."""
+        """Return the mean of each window of ``x`` (N, C, H, W): y (N, C, Ho, Wo)."""
         return self._pool(self.F.avg_pool2d, x)
 
     def backward(self, dout: Array) -> Array:
-        """(N, C, Ho, Wo) -> (N, C, H, W)."""
+        """Return dx, the gradient by the input (N, C, H, W): all of a window share its gradient equally."""
         return self.F.avg_pool2d_backward(dout, self._taken(dout))
 
 
@@ -105,12 +163,12 @@ class GlobalAvgPool2d(Layer):
     """The mean over all positions: (N, C, H, W) -> (N, C)."""
 
     def forward(self, x: Array) -> Array:
-        """(N, C, H, W) -> (N, C)."""
+        """Return the mean over all positions of ``x`` (N, C, H, W): y (N, C)."""
         self._expect(x, "N", "C", "H", "W")
         return self._keep(self.F.global_avg_pool2d(x))
 
     def backward(self, dout: Array) -> Array:
-        """(N, C) -> (N, C, H, W)."""
+        """Return dx, the gradient by the input (N, C, H, W): all positions share their channel's equally."""
         return self.F.global_avg_pool2d_backward(dout, self._taken(dout))
 
 
@@ -118,11 +176,11 @@ class Flatten(Layer):
     """(N, ...) -> (N, features), features ordered (C, H, W)."""
 
     def forward(self, x: Array) -> Array:
-        """(N, C, H, W) -> (N, C*H*W)."""
+        """Return ``x`` (N, C, H, W) as rows of features: y (N, C*H*W)."""
         return self._keep(self.F.flatten(x))
 
     def backward(self, dout: Array) -> Array:
-        """(N, C*H*W) -> (N, C, H, W)."""
+        """Return dx, the gradient by the input: ``dout`` in the shape (N, C, H, W)."""
         return self.F.flatten_backward(dout, self._taken(dout))
 
 
@@ -130,12 +188,12 @@ class Softmax(Layer):
     """Probabilities along the last axis. For training, cross_entropy_loss on the logits is exact and faster."""
 
     def forward(self, x: Array) -> Array:
-        """Shape kept."""
+        """Return the probabilities exp(x) / sum exp(x) along the last axis: of the shape of ``x`` (N, ..., K)."""
         y = self.F.softmax(x)
         return self._keep((y, y))
 
     def backward(self, dout: Array) -> Array:
-        """Shape kept."""
+        """Return dx, the gradient by the input (N, ..., K): y (dout - sum dout y)."""
         return self.F.softmax_backward(dout, self._taken(dout))
 
 
@@ -159,12 +217,12 @@ class Whitening(Layer):
         self._add_array(self.buffers, "weight", functional.whitening((out_c, in_c, kH, kW)), dtype)
 
     def forward(self, x: Array) -> Array:
-        """(N, in_c, H, W) -> (N, out_c, H, W)."""
+        """Return the filters' responses to ``x`` (N, in_c, H, W): y (N, out_c, H, W)."""
         self._expect(x, "N", self.in_c, "H", "W")
         return self._keep(self.F.conv2d(x, self.buffers["weight"], padding=self.padding))
 
     def backward(self, dout: Array) -> Array:
-        """(N, out_c, H, W) -> (N, in_c, H, W), or None after ``skip_input_grad()``."""
+        """Return dx, the gradient by the input (N, in_c, H, W), or None after ``skip_input_grad()``."""
         cache = self._taken(dout)
         return self.F.conv2d_backward(dout, cache)[0] if self.input_grad else None
 

@@ -62,17 +62,3 @@ def checked(name: str, loss: Loss) -> Loss:
         return value, dlogits
 
     return checking
-
-
-def accuracy(logits: Array, targets: Array) -> tuple[float, float]:
-    """Return how many of ``logits`` (N, K) are largest at their class in ``targets`` (N,), and N."""
-    return int((logits.argmax(axis=1) == targets).sum()), len(targets)
-
-
-def top5_accuracy(logits: Array, targets: Array) -> tuple[float, float]:
-    own = np.take_along_axis(logits, targets[:, None], 1)
-    return int(((logits > own).sum(axis=1) < 5).sum()), len(targets)
-
-
-def label_accuracy(logits: Array, targets: Array) -> tuple[float, float]:
-    return int(((logits > 0) == (targets >= 0.5)).sum()), targets.size

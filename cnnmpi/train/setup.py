@@ -19,6 +19,7 @@ from cnnmpi import checkpoint, optim
 from cnnmpi.console import printable
 from cnnmpi.data import DataLoader, Dataset, find_data, read_hdf5, statistics, synthetic
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
+from cnnmpi.functional import accuracy, label_accuracy, top5_accuracy
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
 from cnnmpi.sizes import pair
@@ -27,7 +28,7 @@ from cnnmpi.train.config import Config, continued, resolve, to_toml
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
-from cnnmpi.train.measures import Loss, Measures, Metric, accuracy, checked, label_accuracy, top5_accuracy
+from cnnmpi.train.measures import Loss, Measures, Metric, checked
 from cnnmpi.train.report import Report
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import accepted, model_attributes, unpack, version_of
