@@ -4,55 +4,14 @@ import copy
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import cnnmpi
 from cnnmpi import layers as L
+from tests.twins import ATOL, DTYPES, SIZES, SWEEP, Wrapped, check, rng, torch
 
-torch = pytest.importorskip("torch")
 nn = torch.nn
-
-# float32 sums of up to a few thousand products of values near 1 differ by some 1e-6 between orders of summation
-ATOL = {np.float32: 1e-5, np.float64: 1e-10}
-SWEEP = settings(max_examples=25, deadline=None, derandomize=True)
-SIZES = st.integers(5, 12)
-DTYPES = st.sampled_from([np.float32, np.float64])
-
-
-def rng(seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-def copy_into_twin(layer: L.Layer, twin: nn.Module) -> None:
-    named = dict(twin.named_parameters())
-    for name, (param, _) in layer.named_parameters().items():
-        named[name].data = torch.from_numpy(np.array(param, order="C"))
-
-
-def check(layer: L.Layer, twin: nn.Module, x: np.ndarray, rounds: int = 2) -> None:
-    """Both must give the same y, dx and, summed over two rounds, the same parameter gradients."""
-    dtype = x.dtype.type
-    twin = twin.to(torch.float64 if dtype is np.float64 else torch.float32)
-    copy_into_twin(layer, twin)
-    for _ in range(rounds):
-        tx = torch.from_numpy(x.copy()).requires_grad_()
-        ty = twin(tx)
-        y = layer.forward(x)
-        assert y.dtype == dtype
-        np.testing.assert_allclose(y, ty.detach().numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
-        dout = rng(7).standard_normal(y.shape).astype(dtype)
-        before = x.copy(), dout.copy()
-        ty.backward(torch.from_numpy(dout.copy()))
-        dx = layer.backward(dout)
-        np.testing.assert_allclose(dx, tx.grad.numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
-        np.testing.assert_array_equal(x, before[0])
-        np.testing.assert_array_equal(dout, before[1])
-    grads = {name: p.grad.numpy() for name, p in twin.named_parameters()}
-    assert set(grads) == set(layer.named_parameters())
-    for name, (_, grad) in layer.named_parameters().items():
-        scale = max(1.0, float(np.abs(grads[name]).max()))  # a gradient sums over all positions: error grows with it
-        np.testing.assert_allclose(grad, grads[name], rtol=ATOL[dtype], atol=ATOL[dtype] * scale)
 
 
 @SWEEP
@@ -193,14 +152,6 @@ ALL_LAYERS = [
     (L.Identity(), (2, 3)),
     (L.Dropout(0.0), (2, 3)),
 ]
-
-
-class Wrapped(cnnmpi.Model):
-    """Any layer, as a model, which knows the engines."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
 
 
 @pytest.mark.parametrize("layer, shape", ALL_LAYERS, ids=[type(layer).__name__ for layer, _ in ALL_LAYERS])
