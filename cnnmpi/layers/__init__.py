@@ -6,14 +6,16 @@ A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after 
 
 from cnnmpi.layers.base import Array, Layer, Pair
 from cnnmpi.layers.containers import Identity, Residual, Sequential
-from cnnmpi.layers.fixed import AvgPool2d, Dropout, Flatten, GlobalAvgPool2d, MaxPool2d, ReLU, Softmax, Whitening
-from cnnmpi.layers.learned import BatchNorm, Conv2d, Linear
+from cnnmpi.layers.convolution import Conv2d, Convolution, Whitening
+from cnnmpi.layers.fixed import AvgPool2d, Dropout, Flatten, GlobalAvgPool2d, MaxPool2d, ReLU, Softmax
+from cnnmpi.layers.learned import BatchNorm, Linear
 
 __all__ = [
     "Array",
     "AvgPool2d",
     "BatchNorm",
     "Conv2d",
+    "Convolution",
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",
