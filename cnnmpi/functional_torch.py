@@ -5,7 +5,6 @@ autograd records nothing. Images are (N, C, H, W) in the channels_last memory fo
 the device, so a step up to the logits, and from their gradient back, can be captured in a CUDA graph.
 """
 
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -87,11 +86,6 @@ def is_intact(seal: Any) -> bool:
     return seal is None or seal[0]._version == seal[1]
 
 
-def constant_filters() -> contextlib.AbstractContextManager[None]:
-    """Promise that filters do not change meanwhile; nothing here profits from it."""
-    return contextlib.nullcontext()
-
-
 def copy_into(target: Tensor, source: NumpyArray) -> None:
     """Copy the NumPy array ``source`` into the tensor ``target``, converted to the target's dtype."""
     target.copy_(as_array(source, target))
@@ -130,8 +124,19 @@ def _check_windows(x: Tensor, k: Size, stride: Size, padding: Size) -> None:
             )
 
 
-def conv2d(x: Tensor, W: Tensor, b: Tensor | None = None, *, stride: Size = 1, padding: Size = 0) -> tuple[Tensor, Any]:
-    """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo)."""
+def conv2d(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size = 0,
+    filters: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, Any]:
+    """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo).
+
+    ``filters`` stays as it is: torch's kernels take W itself.
+    """
     _check_windows(x, (W.shape[2], W.shape[3]), stride, padding)
     x, W = _channels_last(x), _channels_last(W)
     y = _channels_last(torch.conv2d(x, W, b, pair(stride), pair(padding)))

@@ -3,7 +3,6 @@
 Torch computes the expected values in float64, so that a difference is our own rounding and not torch's.
 """
 
-import contextvars
 import functools
 import importlib.util
 import inspect
@@ -204,53 +203,6 @@ def test_winograd_without_the_inputs_gradient() -> None:
         _, expected, _ = functional.conv2d_backward(dy, cache)
     assert dx is None and db is None
     np.testing.assert_array_equal(dW, expected)
-
-
-def gradients_by(W: np.ndarray) -> np.ndarray:
-    y, cache = functional.conv2d(random(2, 8, 8, 8), W, padding=1)
-    return y + functional.conv2d_backward(y, cache)[0]
-
-
-def test_constant_filters_are_transformed_once_and_never_taken_for_others() -> None:
-    expected = [gradients_by(random(8, 8, 3, 3, seed=seed)) for seed in range(20)]
-    W = random(8, 8, 3, 3)
-    with functional.constant_filters():
-        for seed, one in enumerate(expected):  # each of these arrays may lie where the one before lay
-            np.testing.assert_array_equal(gradients_by(random(8, 8, 3, 3, seed=seed)), one)
-        before = gradients_by(W)
-        W *= 2  # breaks the promise, and shows that the transforms were kept
-        np.testing.assert_array_equal(gradients_by(W), before)
-    assert np.abs(gradients_by(W) - before).max() > 0.1
-    with functional.constant_filters():  # such as the next step's
-        assert np.abs(gradients_by(W) - before).max() > 0.1
-
-
-def test_the_promise_of_constant_filters_binds_its_own_thread_only() -> None:
-    W, entered, left = random(8, 8, 3, 3), threading.Event(), threading.Event()
-
-    def promise() -> None:
-        with functional.constant_filters():
-            entered.set()
-            left.wait(20)
-
-    other = threading.Thread(target=promise)
-    other.start()
-    entered.wait(20)
-    with functional.constant_filters():  # begins while the other's holds, and ends after it
-        left.set()
-        other.join()
-    before = gradients_by(W)
-    W *= 2
-    assert np.abs(gradients_by(W) - before).max() > 0.1
-
-
-def test_the_promise_of_constant_filters_ends_for_copies_of_the_context_too() -> None:
-    W = random(8, 8, 3, 3)
-    with functional.constant_filters():
-        context = contextvars.copy_context()  # such as a thread keeps that begins here, where Python has no GIL
-        before = context.run(gradients_by, W)
-    W *= 2
-    assert np.abs(context.run(gradients_by, W) - before).max() > 0.1
 
 
 @pytest.mark.parametrize("C", [3, 8])

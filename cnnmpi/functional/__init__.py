@@ -1,8 +1,8 @@
 """NumPy mathematics, in pairs: ``y, cache = op(x, W, b, option=)`` and ``dx, dW, db = op_backward(dy, cache)``.
 
-Pure functions: positional arguments are differentiated, keyword arguments are not; ``set_threads`` and
-``constant_filters`` change how fast they are, not what they return. Images are (N, C, H, W) to the caller and
-channels-last, (N, H, W, C), in memory. ``cnnmpi.functional_torch`` has the same names on tensors.
+Pure functions: positional arguments are differentiated, keyword arguments are not; ``set_threads`` changes how fast
+they are, not what they return. Images are (N, C, H, W) to the caller and channels-last, (N, H, W, C), in memory.
+``cnnmpi.functional_torch`` has the same names on tensors.
 """
 
 from cnnmpi.functional.activation import (
@@ -51,7 +51,6 @@ from cnnmpi.functional.pool import (
     max_pool2d,
     max_pool2d_backward,
 )
-from cnnmpi.functional.winograd import constant_filters
 
 __all__ = [
     "accuracy",
@@ -65,7 +64,6 @@ __all__ = [
     "binary_cross_entropy_loss",
     "channels_last_view",
     "col2im",
-    "constant_filters",
     "conv2d",
     "conv2d_backward",
     "copy_into",

@@ -92,16 +92,29 @@ def col2im(cols: Array, x_shape: tuple[int, ...], kH: int, kW: int, stride: Size
 
 
 @one_blas_thread()
-def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padding: Size = 0) -> tuple[Array, Any]:
-    """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo)."""
+def conv2d(
+    x: Array,
+    W: Array,
+    b: Array | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size = 0,
+    filters: dict[str, Array] | None = None,
+) -> tuple[Array, Any]:
+    """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo).
+
+    What forward and backward derive from ``W`` they keep in ``filters``, a dictionary of the caller's, empty at first.
+    It serves, on any number of threads, as long as W keeps its values; with None they derive it anew each time.
+    """
     (sH, sW), (pH, pW) = pair(stride), pair(padding)
+    filters = {} if filters is None else filters
     x = nchw(nhwc(x))
     N, C, H, width = x.shape
     O, _, kH, kW = W.shape
     Ho, Wo = out_size(H, kH, sH, pH), out_size(width, kW, sW, pW)
     if winograd.suits(x, W, (sH, sW), (pH, pW)):
-        y, patches = winograd.conv2d(x, W, b)
-        return y, (x, W, patches, b is not None, stride, padding)
+        y, patches = winograd.conv2d(x, W, b, filters)
+        return y, (x, W, patches, b is not None, stride, padding, filters)
     Wrows = nhwc(W).reshape(O, kH * kW * C)  # a view: the filters are channels-last, too
     y = np.empty((N, Ho, Wo, O), x.dtype)
 
@@ -112,20 +125,20 @@ def conv2d(x: Array, W: Array, b: Array | None = None, *, stride: Size = 1, padd
             add_bias(y[block], b)
 
     for_each_block(convolve, N, Ho * Wo * kH * kW * C * x.itemsize)
-    return nchw(y), (x, W, None, b is not None, stride, padding)
+    return nchw(y), (x, W, None, b is not None, stride, padding, filters)
 
 
 @one_blas_thread()
 def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[Array | None, Array, Array | None]:
     """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo); dx is None unless ``input_grad``, db None without a bias."""
-    x, W, patches, has_bias, stride, padding = cache
+    x, W, patches, has_bias, stride, padding, filters = cache
     N, C, H, width = x.shape
     O, _, kH, kW = W.shape
     dy = nchw(nhwc(dy))
     rows = nhwc(dy).reshape(-1, O)
     db = sum_over_blocks(lambda block: column_sums(rows[block]), len(rows), O * x.itemsize) if has_bias else None
     if patches is not None:
-        return *winograd.conv2d_backward(dy, x, W, patches, input_grad), db
+        return *winograd.conv2d_backward(dy, x, W, patches, filters, input_grad), db
 
     bytes_each = dy.shape[2] * dy.shape[3] * kH * kW * C * x.itemsize
 

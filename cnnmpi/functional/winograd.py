@@ -10,9 +10,7 @@ backward pass is the transpose of each of these linear maps in reverse order, an
 dV = dM U'. A, B and G act along the height and the width of all tiles at once, so they are matrix products, too.
 """
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -65,19 +63,19 @@ def _whole(size: int) -> int:
     return -(-size // TILE) * TILE
 
 
-def conv2d(x: Array, W: Array, b: Array | None) -> tuple[Array, dict[int, Array]]:
-    """Cross-correlate ``x`` (N, C, H, W) with ``W`` (O, C, 3, 3), padding 1.
+def conv2d(x: Array, W: Array, b: Array | None, filters: dict[str, Array]) -> tuple[Array, dict[int, Array]]:
+    """Cross-correlate ``x`` (N, C, H, W) with ``W`` (O, C, 3, 3), padding 1; W's transform is kept in ``filters``.
 
     Returns y (N, O, H, W) and {first image of a block: its transformed patches V}, which the backward pass needs again.
     """
     N, _, H, width = x.shape
     O = len(W)
-    filters = _transform_filters(W.transpose(2, 3, 1, 0))
+    transformed = _kept(filters, "forward", lambda: _transform_filters(W.transpose(2, 3, 1, 0)))
     y = np.empty((N, H, width, O), x.dtype)
 
     def convolve(block: slice) -> tuple[int, Array]:
         data = _transform_data(nhwc(x[block]))
-        _transform_output(np.matmul(data, filters), y[block])  # (36, tiles, C) @ (36, C, O)
+        _transform_output(np.matmul(data, transformed), y[block])  # (36, tiles, C) @ (36, C, O)
         if b is not None:
             add_bias(y[block], b)
         return block.start, data
@@ -87,23 +85,32 @@ def conv2d(x: Array, W: Array, b: Array | None) -> tuple[Array, dict[int, Array]
 
 
 def conv2d_backward(
-    dy: Array, x: Array, W: Array, patches: dict[int, Array], input_grad: bool
+    dy: Array, x: Array, W: Array, patches: dict[int, Array], filters: dict[str, Array], input_grad: bool
 ) -> tuple[Array | None, Array]:
     """Return (dx, dW) for ``dy`` (N, O, H, W) and what the forward pass kept; dx is None unless ``input_grad``."""
     N, C, H, width = x.shape
     O = len(W)
     if input_grad:
-        filters, dx = _transform_filters(W.transpose(2, 3, 0, 1)), np.empty((N, H, width, C), x.dtype)
+        transformed = _kept(filters, "backward", lambda: _transform_filters(W.transpose(2, 3, 0, 1)))
+        dx = np.empty((N, H, width, C), x.dtype)
 
     def gradients(block: slice) -> Array:
         dproducts = _transform_output_backward(nhwc(dy[block]))
         if input_grad:
-            _transform_data_backward(np.matmul(dproducts, filters), dx[block])  # (36, tiles, O) @ (36, O, C)
+            _transform_data_backward(np.matmul(dproducts, transformed), dx[block])  # (36, tiles, O) @ (36, O, C)
         dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), patches[block.start])
         return dfilters
 
     dfilters = sum_over_blocks(gradients, N, _bytes_each(x, O))
     return nchw(dx) if input_grad else None, _transform_filters_backward(dfilters)
+
+
+def _kept(filters: dict[str, Array], key: str, derive: Callable[[], Array]) -> Array:
+    """Return ``filters[key]``, derived now unless it was before; threads that come at once each derive the same."""
+    kept = filters.get(key)
+    if kept is None:
+        kept = filters[key] = derive()
+    return kept
 
 
 def _bytes_each(x: Array, O: int) -> float:
@@ -136,34 +143,8 @@ def _by_tiles(x: Array) -> Array:
     return x.reshape(n, rows, TILE, columns, TILE, C).transpose(2, 4, 0, 1, 3, 5)
 
 
-Kept = dict[tuple[object, ...], tuple[Array, Array]]  # where an array lies and how: the array, and its transform
-_kept: ContextVar[list[Kept]] = ContextVar("kept filters")  # one dict, or none once the promise has ended
-
-
-@contextlib.contextmanager
-def constant_filters() -> Iterator[None]:
-    """Promise that arrays which serve as filters keep their values meanwhile: their transforms are then kept.
-
-    Holds for the calling thread, and for others that run in a copy of its context (``contextvars``), to the end of
-    the outermost ``with``.
-    """
-    outer = _kept.get([])
-    promise = outer or [{}]
-    token = _kept.set(promise)
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-        if promise is not outer:
-            promise.clear()  # for threads whose copy of the context outlives this
-
-
 def _transform_filters(taps: Array) -> Array:
-    """G g G' of each filter: (3, 3, a, b) -> (36, a, b). Within constant_filters, that of an array is kept."""
-    kept = next(iter(_kept.get([])), None)
-    key = taps.__array_interface__["data"], taps.shape, taps.strides, taps.dtype
-    if kept is not None and key in kept:
-        return kept[key][1]
+    """G g G' of each filter: (3, 3, a, b) -> (36, a, b)."""
     a, b = taps.shape[2:]
     filters = np.empty((PATCH, PATCH, a, b), taps.dtype)
 
@@ -172,10 +153,7 @@ def _transform_filters(taps: Array) -> Array:
         _along_both(G, some, out=filters[:, :, rows].reshape(PATCH, PATCH, -1))
 
     for_each_block(transform, a, filters[:, :, 0].nbytes)
-    filters = filters.reshape(PATCH * PATCH, a, b)
-    if kept is not None:
-        kept[key] = taps, filters  # with the taps, lest other ones come to lie at their address
-    return filters
+    return filters.reshape(PATCH * PATCH, a, b)
 
 
 def _transform_filters_backward(dfilters: Array) -> Array:

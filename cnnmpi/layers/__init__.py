@@ -6,6 +6,7 @@ A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after 
 
 from cnnmpi.layers.base import Array, Layer, Pair
 from cnnmpi.layers.containers import Identity, Residual, Sequential
+from cnnmpi.layers.convolution import Conv2d, Convolution, Whitening
 from cnnmpi.layers.fixed import (
     GELU,
     AvgPool2d,
@@ -19,9 +20,8 @@ from cnnmpi.layers.fixed import (
     SiLU,
     Softmax,
     Tanh,
-    Whitening,
 )
-from cnnmpi.layers.learned import BatchNorm, Conv2d, Linear
+from cnnmpi.layers.learned import BatchNorm, Linear
 
 __all__ = [
     "GELU",
@@ -29,6 +29,7 @@ __all__ = [
     "AvgPool2d",
     "BatchNorm",
     "Conv2d",
+    "Convolution",
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",

@@ -122,7 +122,7 @@ class Layer:
         What is left behind, unless it shares its memory with what came, is retired.
         """
         for _, layer in self.walk():
-            layer._cache = None
+            layer._forget()
             for arrays in (layer.params, layer.grads, layer.buffers):
                 for key, old in arrays.items():
                     arrays[key] = convert(layer, old)
@@ -149,6 +149,10 @@ class Layer:
         """Be called ``name`` from now on, and the layers inside accordingly."""
         for at, layer in self.walk():
             vars(layer)["name"] = _join(name, at)
+
+    def _forget(self) -> None:
+        """Drop what was computed from the arrays that the layer has had."""
+        self._cache = None
 
     def _add_parameter(self, key: str, value: np.ndarray[Any, Any], dtype: Any) -> None:
         """Define the parameter ``key`` and its gradient."""
@@ -215,4 +219,5 @@ def _join(prefix: str, key: str) -> str:
 
 def _holds_layers(value: Any) -> bool:
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-    return any(isinstance(item, Layer) or _holds_layers(item) for item in values)
+    items = list(values)  # at once: another thread may be adding to it, such as to a convolution's ``filters``
+    return any(isinstance(item, Layer) or _holds_layers(item) for item in items)

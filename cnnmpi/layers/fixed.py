@@ -1,14 +1,13 @@
-"""The layers without parameters: activations, dropout, pools, flattening, softmax, whitening."""
+"""The layers without parameters: activations, dropout, pools, flattening, softmax."""
 
 from typing import Any
 
 import numpy as np
 
-from cnnmpi import functional
 from cnnmpi.common.arguments import check_choice
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.rng import generator
-from cnnmpi.sizes import Size, number, pair, whole
+from cnnmpi.sizes import Size, number, pair
 
 
 class _Activation(Layer):
@@ -195,40 +194,3 @@ class Softmax(Layer):
     def backward(self, dout: Array) -> Array:
         """Return dx, the gradient by the input (N, ..., K): y (dout - sum dout y)."""
         return self.F.softmax_backward(dout, self._taken(dout))
-
-
-class Whitening(Layer):
-    """A convolution that learns nothing: it decorrelates the pixels of images (see ``functional.whitening``).
-
-    (N, in_c, H, W) -> (N, out_c, H, W). ``k``, odd, is one number or (height, width). The filters are the buffer
-    "weight" (out_c, in_c, kH, kW), so that a torch.nn.Conv2d without bias can take them from a checkpoint.
-    """
-
-    def __init__(self, in_c: int, out_c: int, k: Size = 3, *, dtype: Any = np.float32) -> None:
-        super().__init__()
-        self.in_c = in_c = whole("Whitening: in_c", in_c)
-        self.out_c = out_c = whole("Whitening: out_c", out_c)
-        self.k = k
-        kH, kW = pair(k)
-        if not (kH % 2 and kW % 2):
-            raise ValueError(f"Whitening: the kernel size must be odd, got {k}")
-        self.padding = (kH // 2, kW // 2)
-        self.input_grad = True
-        self._add_array(self.buffers, "weight", functional.whitening((out_c, in_c, kH, kW)), dtype)
-
-    def forward(self, x: Array) -> Array:
-        """Return the filters' responses to ``x`` (N, in_c, H, W): y (N, out_c, H, W)."""
-        self._expect(x, "N", self.in_c, "H", "W")
-        return self._keep(self.F.conv2d(x, self.buffers["weight"], padding=self.padding))
-
-    def backward(self, dout: Array) -> Array:
-        """Return dx, the gradient by the input (N, in_c, H, W), or None after ``skip_input_grad()``."""
-        cache = self._taken(dout)
-        return self.F.conv2d_backward(dout, cache)[0] if self.input_grad else None
-
-    def skip_input_grad(self) -> None:
-        """Spare the layer's only gradient."""
-        self.input_grad = False
-
-    def _options(self) -> str:
-        return f"{self.in_c}, {self.out_c}, {self.k}"

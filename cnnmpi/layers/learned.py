@@ -1,4 +1,4 @@
-"""The layers that learn: convolution, affine map, batch normalisation."""
+"""The layers that learn, besides convolutions: affine map, batch normalisation."""
 
 from typing import Any
 
@@ -7,62 +7,7 @@ import numpy as np
 from cnnmpi import functional
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.rng import for_first_draws
-from cnnmpi.sizes import Size, pair, whole
-
-
-class Conv2d(Layer):
-    """2-D convolution: (N, in_c, H, W) -> (N, out_c, Ho, Wo). Weight (out_c, in_c, kH, kW), bias (out_c,).
-
-    ``k``, ``stride`` and ``padding`` are one number or (height, width). Weights start by Kaiming's normal
-    initialisation from ``rng`` (see ``rng.first_draws`` if None), biases at 0.
-    """
-
-    def __init__(
-        self,
-        in_c: int,
-        out_c: int,
-        k: Size,
-        stride: Size = 1,
-        padding: Size = 0,
-        bias: bool = True,
-        *,
-        rng: np.random.Generator | None = None,
-        dtype: Any = np.float32,
-    ) -> None:
-        super().__init__()
-        self.in_c = in_c = whole("Conv2d: in_c", in_c)
-        self.out_c = out_c = whole("Conv2d: out_c", out_c)
-        self.k, self.stride, self.padding = k, stride, padding
-        for size in (k, stride, padding):
-            pair(size)  # raises ValueError for what is none
-        self.input_grad = True
-        rng = rng or for_first_draws()
-        self._add_parameter("weight", functional.kaiming_normal(rng, (out_c, in_c, *pair(k))), dtype)
-        if bias:
-            self._add_parameter("bias", np.zeros(out_c), dtype)
-
-    def forward(self, x: Array) -> Array:
-        """(N, in_c, H, W) -> (N, out_c, Ho, Wo)."""
-        self._expect(x, "N", self.in_c, "H", "W")
-        W, b = self.params["weight"], self.params.get("bias")
-        try:
-            return self._keep(self.F.conv2d(x, W, b, stride=self.stride, padding=self.padding))
-        except ValueError as error:
-            raise ValueError(f"{self._label()}: {error}") from None
-
-    def backward(self, dout: Array) -> Array:
-        """(N, out_c, Ho, Wo) -> (N, in_c, H, W), or None after ``skip_input_grad()``."""
-        dx, dW, db = self.F.conv2d_backward(dout, self._taken(dout), input_grad=self.input_grad)
-        self._add_grads(weight=dW, bias=db)
-        return dx
-
-    def skip_input_grad(self) -> None:
-        """Spare the input's gradient, a third of the layer's work."""
-        self.input_grad = False
-
-    def _options(self) -> str:
-        extra = "" if "bias" in self.params else ", bias=False"
-        return f"{self.in_c}, {self.out_c}, {self.k}, stride={self.stride}, padding={self.padding}{extra}"
+from cnnmpi.sizes import whole
 
 
 class Linear(Layer):

@@ -104,7 +104,7 @@ def evaluate(
         return sums
 
     batches: list[list[float]] = []
-    with team.evaluating(), F.constant_filters():
+    with team.evaluating():
         size = batch_size(team.models[0], images.shape[1:])
         together = max(ranks.gather(len(team.models))) * ranks.size * size  # all threads of all ranks take these
         for first in range(0, len(images), together):

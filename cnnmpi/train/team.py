@@ -1,13 +1,14 @@
 """The threads of one rank: each works on shards, or on batches in evaluation, with a model of its own."""
 
 import contextlib
-import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cnnmpi.functional.blocks import share_out
+from cnnmpi.layers import Convolution
 from cnnmpi.models import Model
 
 Item = TypeVar("Item")
@@ -40,18 +41,35 @@ class Team:
 
         The bodies must leave the values of parameters and fixed filters as they are.
         """
+        with self.constant_weights():
+            return share_out(items, [functools.partial(body, model) for model in self.models], self._pool)
 
-        def with_model(model: Model) -> Callable[[Item], Result]:
-            context = contextvars.copy_context()  # one for each thread; they share the transformed filters
-            return lambda item: context.run(body, model, item)
+    @contextlib.contextmanager
+    def constant_weights(self) -> Iterator[None]:
+        """Let all models share what their convolutions derive from weights, which nobody changes meanwhile.
 
-        with self.models[0].F.constant_filters():
-            return share_out(items, [with_model(model) for model in self.models], self._pool)
+        Within a ``with`` of the same kind, what was derived there goes on serving.
+        """
+        shared: dict[str, dict[str, Any]] = {}  # for each convolution
+        convolutions = [
+            (name, layer)
+            for model in self.models
+            for name, layer in model.walk()
+            if isinstance(layer, Convolution) and layer.filters is None
+        ]
+        for name, layer in convolutions:
+            layer.filters = shared.setdefault(name, {})
+        try:
+            yield
+        finally:
+            for _, layer in convolutions:
+                layer.filters = None
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Have all models in evaluation within the ``with``."""
+        """Have all models in evaluation within the ``with``, where their weights keep their values."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.constant_weights())
             for model in self.models:
                 stack.enter_context(model.evaluating())
             yield
