@@ -82,7 +82,7 @@ def _check_layer(original: Layer, x: Array, rng: np.random.Generator) -> dict[st
     layer = copy.deepcopy(original)
     for at, each in layer.walk():
         each.caching = True
-        if lacking := each.params.keys() - each.grads.keys():
+        if not each.frozen and (lacking := each.params.keys() - each.grads.keys()):
             name = f"{at}.{min(lacking)}".strip(".")
             raise GradientError(f"{label}: the parameter {name} has no gradient: define it with _add_parameter")
     layer._replace_arrays(functional, lambda each, array: np.array(each.F.to_numpy(array), np.float64))

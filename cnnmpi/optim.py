@@ -43,10 +43,10 @@ class Optimizer:
 
     def step(self) -> None:
         """Update every parameter in place from its gradient. Raises RuntimeError for arrays that were replaced."""
-        if any(_is_retired(param) for param, _ in self.parameters):
+        if any(_is_retired(array) for pair in self.parameters for array in pair):
             raise RuntimeError(
-                "the optimizer's arrays are no longer the model's: it was moved to another device, dtype or trainer. "
-                "Make the optimizer after that"
+                "the optimizer's arrays are no longer the model's: it was frozen, or moved to another device, dtype or "
+                "trainer. Make the optimizer after that"
             )
         self.steps += 1
         for index, (param, grad) in enumerate(self.parameters):
@@ -147,9 +147,9 @@ def _zeros_like(param: Array) -> Array:
     return np.zeros_like(param) if isinstance(param, np.ndarray) else param.new_zeros(param.shape)
 
 
-def _is_retired(param: Array) -> bool:
-    """Return whether the parameter was replaced by another array, as the engines' ``retire`` marks it."""
-    return not param.flags.writeable if isinstance(param, np.ndarray) else tuple(param.shape) == (0,)
+def _is_retired(array: Array) -> bool:
+    """Return whether the array was replaced by another, or given up, as the engines' ``retire`` marks it."""
+    return not array.flags.writeable if isinstance(array, np.ndarray) else tuple(array.shape) == (0,)
 
 
 def clip_grad_norm(parameters: Sequence[Pair], max_norm: float) -> float:

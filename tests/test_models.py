@@ -186,7 +186,7 @@ def test_the_flat_arrays_are_the_parameters():
     model.zero_grad()
     assert not flat.grads.any()
     other = SimpleCNN(in_channels=1, num_classes=3, image_size=8, seed=1)
-    shared = FlatArrays(other, flat.params)
+    shared = FlatArrays(other, flat)
     assert bits(other) == bits(model) and not np.shares_memory(shared.grads, flat.grads)
 
 
@@ -451,3 +451,70 @@ def test_gpu_equals_numpy(name):
     np.testing.assert_allclose(gradients(model) / scale, gradients(twin) / scale, atol=5e-3)
     with pytest.raises(RuntimeError, match="no longer the model's"):
         stale.step()
+
+
+# -- freezing ----------------------------------------------------------------------------------------------------------
+
+
+def frozen_body() -> SmallResNet:
+    model = SmallResNet(image_size=16, seed=3)
+    for body in (model.stem, model.stage1, model.stage2):
+        body.freeze()
+    return model
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_what_is_frozen_stays_and_the_rest_learns_as_if_nothing_were(engine):
+    """The gradients of the layers behind are those of the whole model, with the frozen BatchNorms in evaluation."""
+    x = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
+    whole, part = SmallResNet(image_size=16, seed=3), frozen_body()
+    for model in (whole, part):
+        if engine == "torch":
+            model.to_torch()
+        model.skip_input_grad()
+    for body in (whole.stem, whole.stage1, whole.stage2):
+        body.train_mode(False)
+    before = part.state_dict()
+    gradients = []
+    for model in (whole, part):
+        logits = model.forward(model.as_array(x))
+        model.backward(model.as_array(np.ones((4, 10), np.float32)))
+        gradients.append(
+            {name: np.array(model.F.to_numpy(grad)) for name, (_, grad) in model.named_parameters().items()}
+        )
+    assert set(gradients[1]) == {name for name in gradients[0] if name.startswith(("stage3", "classifier"))}
+    for name, gradient in gradients[1].items():
+        assert np.array_equal(gradient, gradients[0][name]), name
+    optimizer = optim.SGD(part.parameters(), lr=0.1, momentum=0.9)
+    optimizer.step()
+    changed = {name for name, array in part.state_dict().items() if not np.array_equal(array, before[name])}
+    assert changed and all(name.startswith(("stage3", "classifier")) for name in changed)
+    assert logits.shape == (4, 10) and len(optimizer.state["momentum"]) == len(gradients[1])
+
+
+def test_a_frozen_body_has_no_gradient_no_buffer_to_reduce_and_needs_no_backward():
+    model = frozen_body()
+    model.skip_input_grad()
+    flat, all_of_it = FlatArrays(model), sum(array.size for array in model.named_arrays().values())
+    learning = sum(param.size for param, _ in model.parameters())
+    assert flat.params.size == flat.grads.size == learning < all_of_it / 1.2
+    assert flat.buffers.size == sum(a.size for n, a in model.named_buffers().items() if n.startswith("stage3"))
+    assert flat.params.size + flat.buffers.size + flat.frozen.size == all_of_it
+    model.forward(np.zeros((2, 3, 16, 16), np.float32))
+    assert model.backward(np.zeros((2, 10), np.float32)) is None
+    waiting = {name.split(".")[0] for name, layer in model.walk() if layer._cache is not None}
+    assert waiting == {"stem", "stage1", "stage2"}, "what lies before the first layer that learns is never asked"
+
+
+def test_an_optimizer_from_before_a_freeze_raises_and_unfreeze_gives_the_gradients_back():
+    model = SimpleCNN(image_size=8)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    model.features.freeze()
+    with pytest.raises(RuntimeError, match="it was frozen"):
+        optimizer.step()
+    assert list(model.named_parameters()) == ["classifier.weight", "classifier.bias"]
+    model.unfreeze()
+    assert len(model.parameters()) == 6 and all((grad == 0).all() for _, grad in model.parameters())
+    model.forward(np.ones((2, 3, 8, 8), np.float32))
+    model.backward(np.ones((2, 10), np.float32))
+    assert all(np.abs(grad).max() > 0 for _, grad in model.parameters())

@@ -28,6 +28,8 @@ class Layer:
     F: ModuleType = functional
     training: bool = True
     caching: bool = True  # whether forward keeps what backward needs
+    frozen: bool = False  # whether the arrays stay as they are, see ``freeze``
+    input_grad: bool = True  # whether anybody needs dx, see ``skip_input_grad``
     name: str = ""  # the dotted name inside the outermost layer, for messages and for what Dropout draws
     output_shape: tuple[int, ...] = ()  # of the newest y
 
@@ -83,10 +85,15 @@ class Layer:
         return visit(self, "")
 
     def named_parameters(self) -> dict[str, Pair]:
-        """Return {dotted name: (parameter, gradient)}, named as the equivalent torch module names them."""
-        return {
-            _join(at, key): (layer.params[key], layer.grads[key]) for at, layer in self.walk() for key in layer.params
-        }
+        """Return {dotted name: (parameter, gradient)} of all that learn, named as the equivalent torch module does."""
+        learning = [(at, layer) for at, layer in self.walk() if not layer.frozen]
+        return {_join(at, key): (layer.params[key], layer.grads[key]) for at, layer in learning for key in layer.params}
+
+    def named_arrays(self) -> dict[str, Array]:
+        """Return {dotted name: array} of all parameters, then all buffers; frozen ones, too."""
+        layers = list(self.walk())
+        params = {_join(at, key): param for at, layer in layers for key, param in layer.params.items()}
+        return params | self.named_buffers()
 
     def named_buffers(self) -> dict[str, Array]:
         """Return {dotted name: buffer}."""
@@ -112,7 +119,28 @@ class Layer:
         return self.F is not functional
 
     def skip_input_grad(self) -> None:
-        """Let backward leave dx out (None): nothing before this layer learns. Layers may ignore it."""
+        """Let backward leave dx out (None): nothing before this layer learns. Layers may compute it all the same."""
+        self.input_grad = False
+
+    def freeze(self) -> None:
+        """Let this layer and all inside it stay as they are: a fine-tuned model's body, for instance.
+
+        What is frozen has no gradient, no optimizer state and no part in the ranks' sums. BatchNorm then takes its
+        running statistics, also in training. An optimizer from before raises at its next step.
+        """
+        for _, layer in self.walk():
+            for grad in layer.grads.values():
+                layer.F.retire(grad)
+            layer.grads = {}
+            layer.frozen = True
+
+    def unfreeze(self) -> None:
+        """Let this layer and all inside it learn again; make the optimizer after that."""
+        for _, layer in self.walk():
+            layer.frozen = type(layer).frozen
+            if not layer.frozen:
+                layer.grads = {key: 1 * param for key, param in layer.params.items()}  # of its engine and layout
+        self.zero_grad()
 
     # -- moving and copying ------------------------------------------------------------------------------------------
 
@@ -166,7 +194,7 @@ class Layer:
 
     def _add_grads(self, **grads: Array | None) -> None:
         for key, grad in grads.items():
-            if grad is not None:
+            if grad is not None and not self.frozen:
                 self.grads[key] += grad
 
     def _keep(self, result: tuple[Array, Any]) -> Array:

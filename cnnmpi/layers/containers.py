@@ -9,8 +9,8 @@ def chain_backward(layers: Sequence[Layer], dout: Array) -> Array:
     """Apply the chain rule last to first; no further than to a layer that leaves its dx out."""
     for layer in reversed(layers):
         dout = layer.backward(dout)
-        if dout is None:
-            break
+        if dout is None or not layer.input_grad:
+            return None
     return dout
 
 

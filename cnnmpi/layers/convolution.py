@@ -20,11 +20,6 @@ class Convolution(Layer):
     """
 
     filters: dict[str, Array] | None = None
-    input_grad: bool = True  # whether backward computes dx
-
-    def skip_input_grad(self) -> None:
-        """Spare the input's gradient: a third of the work of a layer that learns, all of one that does not."""
-        self.input_grad = False
 
     def _forget(self) -> None:
         super()._forget()
@@ -90,6 +85,8 @@ class Whitening(Convolution):
     (N, in_c, H, W) -> (N, out_c, H, W). ``k``, odd, is one number or (height, width). The filters are the buffer
     "weight" (out_c, in_c, kH, kW), so that a torch.nn.Conv2d without bias can take them from a checkpoint.
     """
+
+    frozen = True
 
     def __init__(self, in_c: int, out_c: int, k: Size = 3, *, dtype: Any = np.float32) -> None:
         super().__init__()

@@ -78,7 +78,7 @@ class BatchNorm(Layer):
                 self.params["bias"],
                 running_mean=self.buffers["running_mean"],
                 running_var=self.buffers["running_var"],
-                training=self.training,
+                training=self.training and not self.frozen,
                 momentum=self.momentum,
                 eps=self.eps,
                 relu=self.relu,

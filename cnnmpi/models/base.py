@@ -114,15 +114,14 @@ class Model(Layer):
 
     def state_dict(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return {dotted name: NumPy array} of all parameters and buffers, named and shaped as torch's state_dict."""
-        state = {name: param for name, (param, _) in self.named_parameters().items()} | self.named_buffers()
-        return {name: np.array(self.F.to_numpy(array), order="C") for name, array in state.items()}
+        return {name: np.array(self.F.to_numpy(array), order="C") for name, array in self.named_arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Copy ``state`` into the parameters and buffers, in place.
 
         Raises ValueError that lists every missing, unexpected or misshapen array; the model is then unchanged.
         """
-        own = {name: param for name, (param, _) in self.named_parameters().items()} | self.named_buffers()
+        own = self.named_arrays()
         wrong = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in state]
         wrong += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in own]
         wrong += [
@@ -140,15 +139,16 @@ class Model(Layer):
 
 
 class FlatArrays:
-    """The arrays of a model in three: ``params``, ``grads`` and ``buffers``, in the order of definition.
+    """The arrays of a model in four, each in the order of definition.
 
-    Making it moves the model's arrays there: each becomes a view, so that reduction, broadcast and comparison touch one
-    array each. So it is made before anybody takes ``model.parameters()``, by who trains the model; an optimizer from
-    before raises at its next step. With ``params``, those of another FlatArrays, the model computes with the
-    parameters of that one: gradients and buffers stay its own.
+    ``params``, ``grads`` and ``buffers`` are of the layers that learn; ``frozen`` are all of the others. Making it
+    moves the model's arrays there: each becomes a view, so that reduction, broadcast and comparison touch one array
+    each. So it is made before anybody takes ``model.parameters()``, by who trains the model; an optimizer from before
+    raises at its next step. With ``like``, that of another model, the model computes with the parameters and frozen
+    arrays of that one: gradients and buffers stay its own.
     """
 
-    def __init__(self, model: Model, params: Array | None = None) -> None:
+    def __init__(self, model: Model, like: "FlatArrays | None" = None) -> None:
         self.F: ModuleType = model.F
         layers = [layer for _, layer in model.walk()]
         dtypes = {str(a.dtype) for layer in layers for a in (layer.params | layer.buffers).values()}
@@ -156,9 +156,12 @@ class FlatArrays:
             raise ValueError(
                 f"{type(model).__name__}: all layers must share one dtype, got {', '.join(sorted(dtypes))}"
             )
-        self.params = self._lay_out([layer.params for layer in layers], params)
-        self.grads = self._lay_out([layer.grads for layer in layers])
-        self.buffers = self._lay_out([layer.buffers for layer in layers])
+        learning = [layer for layer in layers if not layer.frozen]
+        still = [arrays for layer in layers if layer.frozen for arrays in (layer.params, layer.buffers)]
+        self.params: Array = self._lay_out([layer.params for layer in learning], like and like.params)
+        self.grads = self._lay_out([layer.grads for layer in learning])
+        self.buffers = self._lay_out([layer.buffers for layer in learning])
+        self.frozen: Array = self._lay_out(still, like and like.frozen)
 
     def _lay_out(self, kind: list[dict[str, Array]], shared: Array | None = None) -> Array:
         """Make all arrays views into ``shared``, whose values they take, or into a new array, which takes theirs."""

@@ -114,7 +114,7 @@ def set_up(
         continue_from(saved, trainer, described, code, tell)
     elif config.init is not None:
         start_from(config.init, model, ranks, tell)
-    for flat in (trainer.flat.params, trainer.flat.buffers):
+    for flat in (trainer.flat.params, trainer.flat.buffers, trainer.flat.frozen):
         array = np.array(trainer.F.to_numpy(flat))
         ranks.broadcast(array)  # hosts of different kinds may have drawn them with different last bits
         trainer.F.copy_into(flat, array)
@@ -264,7 +264,7 @@ def share_parameters(models: Sequence[Model]) -> dict[Model, FlatArrays]:
     """Return the flat arrays of all ``models``, which compute with the first one's parameters from now on."""
     first, *others = models
     flat = FlatArrays(first)
-    return {first: flat} | {model: FlatArrays(model, flat.params) for model in others}
+    return {first: flat} | {model: FlatArrays(model, flat) for model in others}
 
 
 # -- how it learns ---------------------------------------------------------------------------------------------------
