@@ -1,5 +1,6 @@
 """Starting the program as people do: command lines, mpirun, the processes of its ranks."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -58,6 +59,13 @@ def rank_pids(out: Path) -> list[int]:
         if words[0] == sys.executable.encode() and str(out).encode() in words:
             found.append(int(folder.name))
     return sorted(found)
+
+
+def signal_all(pids: list[int], number: int) -> None:
+    """Send a signal to processes, of which some may end as others receive it: mpirun ends what is left of a job."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def all_gone(out: Path) -> bool:

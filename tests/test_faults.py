@@ -4,7 +4,6 @@ Jobs run as people start them, each with a hard time limit. The faults that need
 hostile archives - are beside the modules that meet them, with the marker ``fault`` as here.
 """
 
-import os
 import re
 import shutil
 import signal
@@ -30,6 +29,7 @@ from tests.jobs import (
     needs_mpirun,
     rank_pids,
     run,
+    signal_all,
     start_and_wait,
     wait_until,
 )
@@ -131,8 +131,7 @@ def test_a_rank_that_goes_on_in_time_changes_nothing(data, tmp_path, undisturbed
     job = start_and_wait(args, out)
     wait_until(lambda: any(psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in rank_pids(out)), job)
     wait_until(lambda: re.search("rank 1 of 2 .* gives no sign of life.*\n$", said(out)), job)
-    for pid in rank_pids(out):
-        os.kill(pid, signal.SIGCONT)
+    signal_all(rank_pids(out), signal.SIGCONT)
     output, errors = job.communicate(timeout=HANGS_S)
     assert digest(output) == undisturbed
     assert re.search(r"rank 1 of 2 on \S+ goes on", errors.partition("gives no sign of life")[2])

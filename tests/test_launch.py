@@ -18,7 +18,7 @@ from cnnmpi.checkpoint import load
 from cnnmpi.evaluate import main as evaluate
 from cnnmpi.predict import main as predict
 from cnnmpi.train.__main__ import main as train
-from tests.jobs import HANGS_S, all_gone, command, digest, needs_mpirun, rank_pids, run, start_and_wait
+from tests.jobs import HANGS_S, all_gone, command, digest, needs_mpirun, rank_pids, run, signal_all, start_and_wait
 
 pytestmark = pytest.mark.mpi_skip  # mpirun does not start inside mpirun
 
@@ -128,8 +128,7 @@ def test_without_the_protection_an_exception_hangs_the_job(data, tmp_path):
         assert job.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         job.communicate(timeout=5)  # ten times as long as the protection takes
-    for pid in rank_pids(out):
-        os.kill(pid, signal.SIGKILL)
+    signal_all(rank_pids(out), signal.SIGKILL)
     job.communicate(timeout=HANGS_S)
 
 
