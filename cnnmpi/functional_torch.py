@@ -6,13 +6,22 @@ the device, so a step up to the logits, and from their gradient back, can be cap
 """
 
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnnmpi.common.arguments import check_choice, check_loss, check_range, check_smoothing, check_weights, mean_divisor
+from cnnmpi.common.arguments import (
+    check_choice,
+    check_groups,
+    check_loss,
+    check_range,
+    check_smoothing,
+    check_weights,
+    mean_divisor,
+)
 from cnnmpi.sizes import Size, pair
 
 aten = torch.ops.aten
@@ -364,7 +373,7 @@ def _reduced(losses: Tensor, dlogits: Tensor, divisor: float, reduction: str) ->
     return (loss / divisor, dlogits / divisor) if reduction == "mean" else (loss, dlogits)
 
 
-# -- batch normalisation ---------------------------------------------------------------------------------------------
+# -- normalisation ---------------------------------------------------------------------------------------------------
 
 
 def batch_norm(
@@ -399,6 +408,24 @@ def batch_norm_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]
     dy = _channels_last(dy) if y is None else relu_backward(dy, y)
     dx, dgamma, dbeta = aten.native_batch_norm_backward(dy, *saved, (True, True, True))
     return dx, dgamma, dbeta
+
+
+def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, num_groups: int, eps: float = 1e-5) -> tuple[Tensor, Any]:
+    """Return y = gamma (x - mean) / sqrt(var + eps) + beta for groups of channels of (N, C) or (N, C, H, W).
+
+    Options and errors are those of ``cnnmpi.functional.group_norm``.
+    """
+    N, C = x.shape[:2]
+    check_groups("group_norm", C, num_groups)
+    x, sizes = _channels_last(x), (N, C, math.prod(x.shape[2:]), num_groups)
+    y, mean, inv_std = aten.native_group_norm(x, gamma, beta, *sizes, eps)
+    return _channels_last(y), (x, mean, inv_std, gamma, *sizes)
+
+
+def group_norm_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dx, dgamma, dbeta)."""
+    dx, dgamma, dbeta = aten.native_group_norm_backward(_channels_last(dy), *cache, (True, True, True))
+    return _channels_last(dx), dgamma, dbeta
 
 
 # -- pooling ---------------------------------------------------------------------------------------------------------

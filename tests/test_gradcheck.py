@@ -21,6 +21,8 @@ LAYERS = [
     (L.BatchNorm(2), (3, 2, 4, 4)),
     (L.BatchNorm(2), (5, 2)),
     (L.BatchNorm(2, relu=True), (3, 2, 4, 4)),
+    (L.GroupNorm(2, 6), (2, 6, 3, 4)),
+    (L.GroupNorm(2, 6), (3, 6)),
     (L.MaxPool2d(3, stride=2, padding=1), (2, 2, 6, 6)),
     (L.AvgPool2d(3, stride=2, padding=1), (2, 2, 6, 6)),
     (L.GlobalAvgPool2d(), (2, 2, 6, 6)),

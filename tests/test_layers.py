@@ -64,6 +64,34 @@ def test_batch_norm(shape, training, dtype):
         np.testing.assert_allclose(layer.buffers[name], getattr(twin, name).numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
 
 
+@SWEEP
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.lists(st.integers(2, 7), min_size=2, max_size=2),
+       st.booleans(), DTYPES, st.sampled_from(["numpy", "torch"]))  # fmt: skip
+def test_group_norm(n, groups, width, size, images, dtype, engine):
+    channels = groups * width
+    shape = (n, channels, *size) if images else (n, channels)
+    eps = 0.1  # where a group is one value, the slope is 1 / sqrt(eps)
+    layer = L.GroupNorm(groups, channels, eps, dtype=dtype)
+    for key in ("weight", "bias"):
+        layer.params[key][...] = rng(2).standard_normal(channels)
+    if images or n * width > 1:  # torch refuses one value
+        x = (3 + 2 * rng(1).standard_normal(shape)).astype(dtype)
+        check(layer, nn.GroupNorm(groups, channels, eps), x, engine=engine)
+
+
+def test_group_norm_refuses_groups_that_do_not_fit():
+    for groups, channels in ((4, 6), (0, 6), (12, 6), (-2, 6), (2, 0), (2, -6)):
+        message = f"^GroupNorm: {channels} channels cannot be shared out to {groups} groups"
+        with pytest.raises(ValueError, match=message):
+            L.GroupNorm(groups, channels)
+    with pytest.raises(ValueError, match=r"^GroupNorm: num_groups must be a whole number, got 2\.5"):
+        L.GroupNorm(2.5, 6)
+    with pytest.raises(
+        ValueError, match=r"^GroupNorm\(2, 6\): expected an input of shape \(N, 6, H, W\), got \(1, 4, 3, 3\)"
+    ):
+        L.GroupNorm(2, 6).forward(np.zeros((1, 4, 3, 3), np.float32))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     "ours, theirs, shape",
@@ -140,6 +168,8 @@ ALL_LAYERS = [
     (L.Linear(4, 3), (2, 4)),
     (L.BatchNorm(2), (3, 2, 4, 4)),
     (L.BatchNorm(2, relu=True), (3, 2, 4, 4)),
+    (L.GroupNorm(2, 6), (2, 6, 3, 4)),
+    (L.GroupNorm(2, 6), (3, 6)),
     (L.MaxPool2d(2), (2, 2, 6, 6)),
     (L.AvgPool2d(2), (2, 2, 6, 6)),
     (L.GlobalAvgPool2d(), (2, 2, 6, 6)),

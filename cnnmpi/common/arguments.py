@@ -10,6 +10,12 @@ def check_choice(op: str, what: str, value: Any, *choices: str) -> None:
         raise ValueError(f"{op}: {what} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_groups(op: str, channels: int, groups: int) -> None:
+    """Raise ValueError unless ``channels`` can be shared out to ``groups``, equally many each."""
+    if groups < 1 or channels < 1 or channels % groups:
+        raise ValueError(f"{op}: {channels} channels cannot be shared out to {groups} groups, equally many each")
+
+
 def check_loss(op: str, logits: Any, targets: Any, reduction: str, *, classes: bool = False) -> bool:
     """Raise ValueError unless a loss can be computed of these shapes and dtypes; return whether targets are classes.
 

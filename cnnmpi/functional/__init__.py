@@ -42,7 +42,7 @@ from cnnmpi.functional.conv import col2im, conv2d, conv2d_backward, im2col, line
 from cnnmpi.functional.init import kaiming_normal, kaiming_uniform, whitening, xavier_normal, xavier_uniform
 from cnnmpi.functional.loss import binary_cross_entropy_loss, cross_entropy_loss, mse_loss
 from cnnmpi.functional.metrics import accuracy, label_accuracy, top5_accuracy
-from cnnmpi.functional.norm import batch_norm, batch_norm_backward
+from cnnmpi.functional.norm import batch_norm, batch_norm_backward, group_norm, group_norm_backward
 from cnnmpi.functional.pool import (
     avg_pool2d,
     avg_pool2d_backward,
@@ -79,6 +79,8 @@ __all__ = [
     "gelu_backward",
     "global_avg_pool2d",
     "global_avg_pool2d_backward",
+    "group_norm",
+    "group_norm_backward",
     "im2col",
     "is_intact",
     "kaiming_normal",

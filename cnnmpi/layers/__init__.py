@@ -21,7 +21,7 @@ from cnnmpi.layers.fixed import (
     Tanh,
     Whitening,
 )
-from cnnmpi.layers.learned import BatchNorm, Conv2d, Linear
+from cnnmpi.layers.learned import BatchNorm, Conv2d, GroupNorm, Linear
 
 __all__ = [
     "GELU",
@@ -32,6 +32,7 @@ __all__ = [
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",
+    "GroupNorm",
     "Identity",
     "Layer",
     "LeakyReLU",

@@ -1,10 +1,11 @@
-"""The layers that learn: convolution, affine map, batch normalisation."""
+"""The layers that learn: convolution, affine map, normalisation."""
 
 from typing import Any
 
 import numpy as np
 
 from cnnmpi import functional
+from cnnmpi.common.arguments import check_groups
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.sizes import Size, pair, whole
 
@@ -149,3 +150,35 @@ class BatchNorm(Layer):
 
     def _options(self) -> str:
         return f"{self.num_features}" + (", relu=True" if self.relu else "")
+
+
+class GroupNorm(Layer):
+    """Normalisation of (N, C) or (N, C, H, W) by ``num_groups`` groups of channels (Wu and He, 2018).
+
+    The statistics are each image's own, so that nothing depends on the batch, neither in training nor in evaluation.
+    Weight and bias (C,), for C = ``num_channels``, a multiple of ``num_groups``.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, *, dtype: Any = np.float32) -> None:
+        super().__init__()
+        self.num_groups = num_groups = whole("GroupNorm: num_groups", num_groups)
+        self.num_channels = num_channels = whole("GroupNorm: num_channels", num_channels)
+        check_groups("GroupNorm", num_channels, num_groups)
+        self.eps = eps
+        self._add_parameter("weight", np.ones(num_channels), dtype)
+        self._add_parameter("bias", np.zeros(num_channels), dtype)
+
+    def forward(self, x: Array) -> Array:
+        """Return y, normalised, scaled and shifted: of the shape of ``x``."""
+        self._expect(x, "N", self.num_channels, *("HW" if len(x.shape) == 4 else ""))
+        W, b = self.params["weight"], self.params["bias"]
+        return self._keep(self.F.group_norm(x, W, b, num_groups=self.num_groups, eps=self.eps))
+
+    def backward(self, dout: Array) -> Array:
+        """Return dx, the gradient by the input, of its shape; add those by weight and bias to their gradients."""
+        dx, dW, db = self.F.group_norm_backward(dout, self._taken(dout))
+        self._add_grads(weight=dW, bias=db)
+        return dx
+
+    def _options(self) -> str:
+        return f"{self.num_groups}, {self.num_channels}"
