@@ -7,6 +7,7 @@ the device, so a step up to the logits, and from their gradient back, can be cap
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from cnnmpi.common.arguments import (
     check_loss,
     check_range,
     check_smoothing,
+    check_split,
     check_weights,
+    joined_shape,
     mean_divisor,
 )
 from cnnmpi.sizes import Size, pair
@@ -176,6 +179,21 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(f"add: expected two arrays of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     return x + y
+
+
+def concat(arrays: Sequence[Tensor]) -> Tensor:
+    """Return ``arrays`` (N, C_i, ...) side by side along the channels: (N, sum of C_i, ...).
+
+    Raises ValueError where they differ in more than their channels, and for none.
+    """
+    joined_shape("concat", [tuple(a.shape) for a in arrays])
+    return _channels_last(torch.cat(list(arrays), 1))
+
+
+def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Cut ``x`` (N, C, ...) along the channels into tensors (N, size, ...), one for each of ``sizes``."""
+    check_split("split", x.shape[1], sizes)
+    return [_channels_last(part) for part in aten.split_with_sizes(x, sizes, 1)]
 
 
 def relu(x: Tensor) -> tuple[Tensor, Any]:

@@ -620,6 +620,31 @@ def test_the_number_of_threads_does_not_change_a_bit(label: str, monkeypatch: py
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("nhwc", [False, True])
+def test_concat_joins_channels_and_split_cuts_them(threads: int, nhwc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)  # many blocks
+    functional.set_threads(threads)
+    for shape in ((9, 4, 5, 6), (9, 4), (9, 4, 5)):
+        parts = [in_memory(random(shape[0], c, *shape[2:]), nhwc) for c in (3, 1, 4)]
+        expected = np.concatenate(parts, 1)
+        for F in engines():
+            joined = F.concat([convert(F, part) for part in parts])
+            assert np.array_equal(F.to_numpy(joined), expected)
+            cut = [F.to_numpy(part) for part in F.split(joined, (3, 1, 4))]
+            assert all(np.array_equal(ours, part) for ours, part in zip(cut, parts, strict=True))
+            if len(shape) == 4:
+                for a in (F.to_numpy(joined), *cut):
+                    assert a.transpose(0, 2, 3, 1).flags.c_contiguous
+            other = convert(F, np.zeros((8, 4, *shape[2:])))
+            for arrays in ([], [joined, other], [joined, convert(F, np.zeros((9, 4, 1, 1, 1)))]):
+                with pytest.raises(ValueError, match=r"^concat: arrays to join may differ in their channels .* only"):
+                    F.concat(arrays)
+            for sizes in ((3, 4), (3, 1, 5), (9, -1), ()):
+                with pytest.raises(ValueError, match=r"^split: 8 channels cannot be cut into "):
+                    F.split(joined, sizes)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("nhwc", [False, True])
 def test_add_is_the_sum_and_refuses_to_repeat_or_cut(threads: int, nhwc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)  # many blocks
     x, y = in_memory(random(9, 4, 5, 6), nhwc), random(9, 4, 5, 6, seed=1)

@@ -7,6 +7,7 @@ channels-last, (N, H, W, C), in memory. ``cnnmpi.functional_torch`` has the same
 
 from cnnmpi.functional.activation import (
     add,
+    concat,
     dropout,
     dropout_backward,
     flatten,
@@ -23,6 +24,7 @@ from cnnmpi.functional.activation import (
     silu_backward,
     softmax,
     softmax_backward,
+    split,
     tanh,
     tanh_backward,
 )
@@ -65,6 +67,7 @@ __all__ = [
     "binary_cross_entropy_loss",
     "channels_last_view",
     "col2im",
+    "concat",
     "constant_filters",
     "conv2d",
     "conv2d_backward",
@@ -104,6 +107,7 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "split",
     "tanh",
     "tanh_backward",
     "to_numpy",

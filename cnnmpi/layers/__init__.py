@@ -5,7 +5,7 @@ A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after 
 """
 
 from cnnmpi.layers.base import Array, Layer, Pair
-from cnnmpi.layers.containers import Identity, Residual, Sequential
+from cnnmpi.layers.containers import Concat, Identity, Residual, Sequential
 from cnnmpi.layers.fixed import (
     GELU,
     AvgPool2d,
@@ -28,6 +28,7 @@ __all__ = [
     "Array",
     "AvgPool2d",
     "BatchNorm",
+    "Concat",
     "Conv2d",
     "Dropout",
     "Flatten",

@@ -124,7 +124,10 @@ class BatchNorm(Layer):
         self._add_array(self.buffers, "running_var", np.ones(num_features), dtype)
 
     def forward(self, x: Array) -> Array:
-        """Shape kept. In training the running statistics move towards the batch's."""
+        """Return y, normalised, scaled and shifted: of the shape of ``x``.
+
+        In training by the batch's statistics, towards which the running ones move; in evaluation by the running ones.
+        """
         self._expect(x, "N", self.num_features, *("HW" if len(x.shape) == 4 else ""))
         try:
             result = self.F.batch_norm(
@@ -143,7 +146,7 @@ class BatchNorm(Layer):
         return self._keep(result)
 
     def backward(self, dout: Array) -> Array:
-        """Shape kept."""
+        """Return dx, the gradient by the input, of its shape; add those by weight and bias to their gradients."""
         dx, dW, db = self.F.batch_norm_backward(dout, self._taken(dout))
         self._add_grads(weight=dW, bias=db)
         return dx
