@@ -5,13 +5,25 @@ autograd records nothing. Images are (N, C, H, W) in the channels_last memory fo
 the device, so a step up to the logits, and from their gradient back, can be captured in a CUDA graph.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cnnmpi.common.arguments import check_choice, check_loss, check_range, check_smoothing, check_weights, mean_divisor
+from cnnmpi.common.arguments import (
+    check_choice,
+    check_groups,
+    check_loss,
+    check_range,
+    check_smoothing,
+    check_split,
+    check_weights,
+    joined_shape,
+    mean_divisor,
+)
 from cnnmpi.sizes import Size, pair
 
 aten = torch.ops.aten
@@ -172,6 +184,21 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(f"add: expected two arrays of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     return x + y
+
+
+def concat(arrays: Sequence[Tensor]) -> Tensor:
+    """Return ``arrays`` (N, C_i, ...) side by side along the channels: (N, sum of C_i, ...).
+
+    Raises ValueError where they differ in more than their channels, and for none.
+    """
+    joined_shape("concat", [tuple(a.shape) for a in arrays])
+    return _channels_last(torch.cat(list(arrays), 1))
+
+
+def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Cut ``x`` (N, C, ...) along the channels into tensors (N, size, ...), one for each of ``sizes``."""
+    check_split("split", x.shape[1], sizes)
+    return [_channels_last(part) for part in aten.split_with_sizes(x, sizes, 1)]
 
 
 def relu(x: Tensor) -> tuple[Tensor, Any]:
@@ -369,7 +396,7 @@ def _reduced(losses: Tensor, dlogits: Tensor, divisor: float, reduction: str) ->
     return (loss / divisor, dlogits / divisor) if reduction == "mean" else (loss, dlogits)
 
 
-# -- batch normalisation ---------------------------------------------------------------------------------------------
+# -- normalisation ---------------------------------------------------------------------------------------------------
 
 
 def batch_norm(
@@ -404,6 +431,24 @@ def batch_norm_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]
     dy = _channels_last(dy) if y is None else relu_backward(dy, y)
     dx, dgamma, dbeta = aten.native_batch_norm_backward(dy, *saved, (True, True, True))
     return dx, dgamma, dbeta
+
+
+def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, num_groups: int, eps: float = 1e-5) -> tuple[Tensor, Any]:
+    """Return y = gamma (x - mean) / sqrt(var + eps) + beta for groups of channels of (N, C) or (N, C, H, W).
+
+    Options and errors are those of ``cnnmpi.functional.group_norm``.
+    """
+    N, C = x.shape[:2]
+    check_groups("group_norm", C, num_groups)
+    x, sizes = _channels_last(x), (N, C, math.prod(x.shape[2:]), num_groups)
+    y, mean, inv_std = aten.native_group_norm(x, gamma, beta, *sizes, eps)
+    return _channels_last(y), (x, mean, inv_std, gamma, *sizes)
+
+
+def group_norm_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dx, dgamma, dbeta)."""
+    dx, dgamma, dbeta = aten.native_group_norm_backward(_channels_last(dy), *cache, (True, True, True))
+    return _channels_last(dx), dgamma, dbeta
 
 
 # -- pooling ---------------------------------------------------------------------------------------------------------

@@ -338,6 +338,71 @@ def test_batch_norm_matches_autograd(
             assert_close(got, expected, dtype)
 
 
+@needs_torch
+@sweep
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.one_of(st.just(()), st.tuples(st.integers(1, 6), st.integers(1, 6))),
+    st.sampled_from([0.0, 10.0]),
+    st.sampled_from(sorted(TOLERANCE)),
+    st.data(),
+)
+def test_group_norm_matches_autograd(
+    N: int, groups: int, width: int, HW: tuple[int, ...], mean: float, dtype: str, data: st.DataObject
+) -> None:
+    import torch
+
+    C = groups * width
+    if N * width * math.prod(HW) < 2:
+        return  # torch refuses
+    x = (mean + random(N, C, *HW, seed=data.draw(st.integers(0, 1000)))).astype(dtype)
+    gamma, beta = random(C, seed=1, dtype=dtype), random(C, seed=2, dtype=dtype)
+    options = {
+        "num_groups": groups,
+        "eps": 0.1,
+    }  # one value in a group has no variance: 1 / sqrt(eps) enlarges rounding
+
+    def twin(x: Any, gamma: Any, beta: Any) -> Any:
+        return torch.nn.functional.group_norm(x, groups, gamma, beta, eps=0.1)
+
+    check(data.draw, "group_norm", twin, [x, gamma, beta], **options)
+
+
+def test_group_norm_does_not_depend_on_the_batch() -> None:
+    x = random(9, 8, 5, 6, dtype="float32")
+    gamma, beta = random(8, seed=1, dtype="float32"), random(8, seed=2, dtype="float32")
+    for F in engines():
+        arrays = [convert(F, a) for a in (x, gamma, beta)]
+        y, _ = F.group_norm(*arrays, num_groups=4)
+        alone = [F.group_norm(convert(F, x[i : i + 1]), *arrays[1:], num_groups=4)[0] for i in range(9)]
+        assert np.array_equal(F.to_numpy(y), np.concatenate([F.to_numpy(each) for each in alone]))
+
+
+def test_group_norm_does_not_cancel_when_the_mean_is_large() -> None:
+    x = (1000 + np.random.default_rng(0).standard_normal((2, 4, 32, 32))).astype(np.float32)
+    one, zero = np.ones(4, np.float32), np.zeros(4, np.float32)
+    y, _ = functional.group_norm(x, one, zero, num_groups=2)
+    wide = x.astype(np.float64).reshape(2, 2, -1)
+    exact = (wide - wide.mean(2, keepdims=True)) / np.sqrt(wide.var(2, keepdims=True) + 1e-5)
+    # x - centre is exact, and what centre lacks of the mean is known: a few units of float32 near 4 are left
+    np.testing.assert_allclose(y.reshape(2, 2, -1), exact, rtol=0, atol=2e-6)
+
+
+def test_group_norm_of_no_images_and_of_groups_that_do_not_fit() -> None:
+    one = np.ones(6)
+    for F in engines():
+        arrays = [convert(F, a) for a in (np.zeros((0, 6, 4, 4)), one, one)]
+        y, cache = F.group_norm(*arrays, num_groups=3)
+        dx, dgamma, dbeta = F.group_norm_backward(y, cache)
+        assert tuple(y.shape) == tuple(dx.shape) == (0, 6, 4, 4)
+        assert not F.to_numpy(dgamma).any() and not F.to_numpy(dbeta).any()
+        for groups in (4, 0, -1, 12):
+            with pytest.raises(ValueError, match=f"^group_norm: 6 channels cannot be shared out to {groups} groups"):
+                F.group_norm(*arrays, num_groups=groups)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_with_relu_has_the_bits_of_both_in_turn(training: bool) -> None:
     x, gamma, beta, dy = (
@@ -436,6 +501,9 @@ def cases(N: int = 3, C: int = 3, H: int = 7, W: int = 6, dtype: str = "float64"
         "batch_norm eval": ("batch_norm", [x, gamma, beta], (), {"training": False, **running}),
         "batch_norm relu": ("batch_norm", [x, gamma, beta], (), {"training": True, "relu": True, **running}),
         "batch_norm 2-D": ("batch_norm", [x[:, :, 0, 0], gamma, beta], (), {"training": True, **running}),
+        "group_norm": ("group_norm", [x, gamma, beta], (), {"num_groups": C}),
+        "group_norm together": ("group_norm", [x, gamma, beta], (), {"num_groups": 1, "eps": 0.1}),
+        "group_norm 2-D": ("group_norm", [x[:, :, 0, 0], gamma, beta], (), {"num_groups": 1}),
         "max_pool2d": ("max_pool2d", [x], (3,), {"stride": 2, "padding": 1}),
         "avg_pool2d": ("avg_pool2d", [x], ((2, 3),), {"padding": (1, 0)}),
         "global_avg_pool2d": ("global_avg_pool2d", [x], (), {}),
@@ -500,6 +568,31 @@ def test_the_number_of_threads_does_not_change_a_bit(label: str, monkeypatch: py
     together = run(functional, name, arrays, *args, **options)
     for a, b in zip(alone, together, strict=True):
         assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_concat_joins_channels_and_split_cuts_them(threads: int, nhwc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 12)  # many blocks
+    functional.set_threads(threads)
+    for shape in ((9, 4, 5, 6), (9, 4), (9, 4, 5)):
+        parts = [in_memory(random(shape[0], c, *shape[2:]), nhwc) for c in (3, 1, 4)]
+        expected = np.concatenate(parts, 1)
+        for F in engines():
+            joined = F.concat([convert(F, part) for part in parts])
+            assert np.array_equal(F.to_numpy(joined), expected)
+            cut = [F.to_numpy(part) for part in F.split(joined, (3, 1, 4))]
+            assert all(np.array_equal(ours, part) for ours, part in zip(cut, parts, strict=True))
+            if len(shape) == 4:
+                for a in (F.to_numpy(joined), *cut):
+                    assert a.transpose(0, 2, 3, 1).flags.c_contiguous
+            other = convert(F, np.zeros((8, 4, *shape[2:])))
+            for arrays in ([], [joined, other], [joined, convert(F, np.zeros((9, 4, 1, 1, 1)))]):
+                with pytest.raises(ValueError, match=r"^concat: arrays to join may differ in their channels .* only"):
+                    F.concat(arrays)
+            for sizes in ((3, 4), (3, 1, 5), (9, -1), ()):
+                with pytest.raises(ValueError, match=r"^split: 8 channels cannot be cut into "):
+                    F.split(joined, sizes)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

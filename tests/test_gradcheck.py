@@ -21,6 +21,8 @@ LAYERS = [
     (L.BatchNorm(2), (3, 2, 4, 4)),
     (L.BatchNorm(2), (5, 2)),
     (L.BatchNorm(2, relu=True), (3, 2, 4, 4)),
+    (L.GroupNorm(2, 6), (2, 6, 3, 4)),
+    (L.GroupNorm(2, 6), (3, 6)),
     (L.MaxPool2d(3, stride=2, padding=1), (2, 2, 6, 6)),
     (L.AvgPool2d(3, stride=2, padding=1), (2, 2, 6, 6)),
     (L.GlobalAvgPool2d(), (2, 2, 6, 6)),
@@ -36,6 +38,8 @@ LAYERS = [
     (L.Softmax(), (2, 5)),
     (L.Whitening(2, 6), (2, 2, 6, 6)),
     (L.Identity(), (2, 3)),
+    (L.Concat(L.Identity(), L.Conv2d(2, 3, 3, padding=1)), (2, 2, 4, 5)),
+    (L.Concat(L.Linear(3, 2), L.Identity(), L.Linear(3, 1)), (2, 3)),
     (L.Sequential(L.Linear(3, 4), L.ReLU(), L.Linear(4, 2)), (2, 3)),
     (L.Residual(L.Sequential(L.Conv2d(2, 2, 3, padding=1), L.ReLU())), (2, 2, 6, 6)),
 ]

@@ -64,6 +64,34 @@ def test_batch_norm(shape, training, dtype):
         np.testing.assert_allclose(layer.buffers[name], getattr(twin, name).numpy(), rtol=ATOL[dtype], atol=ATOL[dtype])
 
 
+@SWEEP
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.lists(st.integers(2, 7), min_size=2, max_size=2),
+       st.booleans(), DTYPES, st.sampled_from(["numpy", "torch"]))  # fmt: skip
+def test_group_norm(n, groups, width, size, images, dtype, engine):
+    channels = groups * width
+    shape = (n, channels, *size) if images else (n, channels)
+    eps = 0.1  # where a group is one value, the slope is 1 / sqrt(eps)
+    layer = L.GroupNorm(groups, channels, eps, dtype=dtype)
+    for key in ("weight", "bias"):
+        layer.params[key][...] = rng(2).standard_normal(channels)
+    if images or n * width > 1:  # torch refuses one value
+        x = (3 + 2 * rng(1).standard_normal(shape)).astype(dtype)
+        check(layer, nn.GroupNorm(groups, channels, eps), x, engine=engine)
+
+
+def test_group_norm_refuses_groups_that_do_not_fit():
+    for groups, channels in ((4, 6), (0, 6), (12, 6), (-2, 6), (2, 0), (2, -6)):
+        message = f"^GroupNorm: {channels} channels cannot be shared out to {groups} groups"
+        with pytest.raises(ValueError, match=message):
+            L.GroupNorm(groups, channels)
+    with pytest.raises(ValueError, match=r"^GroupNorm: num_groups must be a whole number, got 2\.5"):
+        L.GroupNorm(2.5, 6)
+    with pytest.raises(
+        ValueError, match=r"^GroupNorm\(2, 6\): expected an input of shape \(N, 6, H, W\), got \(1, 4, 3, 3\)"
+    ):
+        L.GroupNorm(2, 6).forward(np.zeros((1, 4, 3, 3), np.float32))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     "ours, theirs, shape",
@@ -119,6 +147,86 @@ def test_residual_of_sequentials(widen):
     check(ours, theirs, rng(1).standard_normal((2, 3, 6, 5)))
 
 
+class TorchConcat(nn.Sequential):
+    def forward(self, x):
+        return torch.cat([branch(x) for branch in self], 1)
+
+
+@SWEEP
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), SIZES, DTYPES,
+       st.sampled_from(["numpy", "torch"]))  # fmt: skip
+def test_concat(n, in_c, first, second, size, dtype, engine):
+    ours = L.Concat(
+        L.Conv2d(in_c, first, 1, dtype=dtype),
+        L.Identity(),
+        L.Sequential(L.Conv2d(in_c, second, 3, padding=1, bias=False, dtype=dtype), L.Sigmoid()),
+    )
+    body = nn.Sequential(nn.Conv2d(in_c, second, 3, padding=1, bias=False), nn.Sigmoid())
+    theirs = TorchConcat(nn.Conv2d(in_c, first, 1), nn.Identity(), body)
+    check(ours, theirs, rng(1).standard_normal((n, in_c, size, size + 1)).astype(dtype), engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_concat_of_features_in_a_model(engine):
+    """A DenseNet's growth: each layer sees what came before it. Rows, too, have channels: their features."""
+    ours, theirs = L.Sequential(), nn.Sequential()
+    for width in (3, 5, 7):
+        ours = L.Sequential(*ours, L.Concat(L.Identity(), L.Linear(width, 2, dtype=np.float64)))
+        theirs.append(TorchConcat(nn.Identity(), nn.Linear(width, 2)))
+    x = rng(1).standard_normal((4, 3))
+    check(ours, theirs, x, engine=engine)
+    assert list(ours.named_parameters()) == [f"{i}.1.{key}" for i in range(3) for key in ("weight", "bias")]
+
+
+def test_a_concat_leaves_dx_out_only_as_a_whole():
+    convs = [L.Conv2d(2, 3, 1, rng=rng(i)) for i in range(2)]
+    x = rng(1).standard_normal((2, 2, 4, 4)).astype(np.float32)
+    whole = L.Concat(L.Identity(), *convs)
+    dout = rng(2).standard_normal(whole.forward(x).shape).astype(np.float32)
+    dx = whole.backward(dout)
+    grads = [grad.copy() for _, grad in whole.parameters()]
+    expected = dout[:, :2]
+    for conv, part in zip(convs, (dout[:, 2:5], dout[:, 5:]), strict=True):
+        expected = expected + np.einsum("oc,nohw->nchw", conv.params["weight"][:, :, 0, 0], part)
+    np.testing.assert_allclose(dx, expected, atol=1e-5)
+    whole.zero_grad()
+    whole.skip_input_grad()
+    assert not any(conv.input_grad for conv in convs)
+    whole.forward(x)
+    assert whole.backward(dout) is None
+    assert all(np.array_equal(grad, old) for (_, grad), old in zip(whole.parameters(), grads, strict=True))
+    chain = L.Sequential(L.Concat(L.Identity(), L.ReLU()), L.Conv2d(4, 1, 1), L.Conv2d(1, 1, 1))
+    chain.skip_input_grad()
+    assert [layer.input_grad for layer in chain[1:]] == [False, True]
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_what_concat_refuses(engine):
+    with pytest.raises(ValueError, match=r"^Concat: expected branches, one after another, got none$"):
+        L.Concat()
+    with pytest.raises(TypeError, match=r"^Concat: expected layers, one after another, got a list$"):
+        L.Concat([L.Identity()])
+    model = Wrapped(L.Sequential(L.Concat(L.Identity(), L.MaxPool2d(2))))
+    if engine == "torch":
+        model.to_torch()
+    shapes = r"\[\(2, 3, 4, 4\), \(2, 3, 2, 2\)\]"
+    with pytest.raises(
+        ValueError, match=rf"^layer\.0 Concat: arrays .* differ in their channels .* only, got {shapes}$"
+    ):
+        model.forward(model.as_array(np.zeros((2, 3, 4, 4), np.float32)))
+    flat = L.Concat(L.Identity(), L.Flatten())
+    with pytest.raises(ValueError, match=r"got \[\(2, 3, 4, 4\), \(2, 48\)\]$"):
+        flat.forward(np.zeros((2, 3, 4, 4), np.float32))
+
+
+def test_a_branch_is_replaced_like_a_layer_of_a_chain():
+    whole = L.Concat(L.Linear(3, 2), L.Identity())
+    whole[1] = L.Linear(3, 4)
+    assert len(whole) == 2 and whole[1].name == "1"
+    assert whole.forward(np.zeros((1, 3), np.float32)).shape == (1, 6)
+    assert repr(whole) == "Concat(Linear(3, 2), Linear(3, 4))"
+
+
 def test_dropout_keeps_the_expectation_and_masks_the_gradient_alike():
     layer = L.Dropout(0.3, seed=1)
     x = np.ones((100, 100), np.float32)
@@ -140,6 +248,8 @@ ALL_LAYERS = [
     (L.Linear(4, 3), (2, 4)),
     (L.BatchNorm(2), (3, 2, 4, 4)),
     (L.BatchNorm(2, relu=True), (3, 2, 4, 4)),
+    (L.GroupNorm(2, 6), (2, 6, 3, 4)),
+    (L.GroupNorm(2, 6), (3, 6)),
     (L.MaxPool2d(2), (2, 2, 6, 6)),
     (L.AvgPool2d(2), (2, 2, 6, 6)),
     (L.GlobalAvgPool2d(), (2, 2, 6, 6)),
@@ -156,6 +266,8 @@ ALL_LAYERS = [
     (L.Whitening(2, 6), (2, 2, 6, 6)),
     (L.Residual(L.Sequential(L.Conv2d(2, 2, 3, padding=1), L.ReLU())), (2, 2, 6, 6)),
     (L.Identity(), (2, 3)),
+    (L.Concat(L.Identity(), L.Conv2d(2, 3, 3, padding=1)), (2, 2, 4, 5)),
+    (L.Concat(L.Linear(3, 2), L.Identity(), L.Linear(3, 1)), (2, 3)),
     (L.Dropout(0.0), (2, 3)),
 ]
 

@@ -1,6 +1,7 @@
 """What operations ask of their arguments, whichever engine computes them. Arrays are NumPy's or tensors."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -8,6 +9,29 @@ def check_choice(op: str, what: str, value: Any, *choices: str) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{op}: {what} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_groups(op: str, channels: int, groups: int) -> None:
+    """Raise ValueError unless ``channels`` can be shared out to ``groups``, equally many each."""
+    if groups < 1 or channels < 1 or channels % groups:
+        raise ValueError(f"{op}: {channels} channels cannot be shared out to {groups} groups, equally many each")
+
+
+def joined_shape(op: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of arrays (N, C, ...) of these ``shapes`` side by side along the channels.
+
+    Raises ValueError where they differ in more than their channels, and for none.
+    """
+    first, *others = shapes or [()]
+    if len(first) < 2 or any(len(s) < 2 or (s[0], *s[2:]) != (first[0], *first[2:]) for s in others):
+        raise ValueError(f"{op}: arrays to join may differ in their channels (N, C, ...) only, got {list(shapes)}")
+    return (first[0], sum(shape[1] for shape in shapes), *first[2:])
+
+
+def check_split(op: str, channels: int, sizes: Sequence[int]) -> None:
+    """Raise ValueError unless ``sizes`` add up to ``channels``."""
+    if sum(sizes) != channels or min(sizes, default=-1) < 0:
+        raise ValueError(f"{op}: {channels} channels cannot be cut into {list(sizes)}")
 
 
 def check_loss(op: str, logits: Any, targets: Any, reduction: str, *, classes: bool = False) -> bool:

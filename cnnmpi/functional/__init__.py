@@ -7,6 +7,7 @@ they are, not what they return. Images are (N, C, H, W) to the caller and channe
 
 from cnnmpi.functional.activation import (
     add,
+    concat,
     dropout,
     dropout_backward,
     flatten,
@@ -23,6 +24,7 @@ from cnnmpi.functional.activation import (
     silu_backward,
     softmax,
     softmax_backward,
+    split,
     tanh,
     tanh_backward,
 )
@@ -42,7 +44,7 @@ from cnnmpi.functional.conv import col2im, conv2d, conv2d_backward, im2col, line
 from cnnmpi.functional.init import kaiming_normal, kaiming_uniform, whitening, xavier_normal, xavier_uniform
 from cnnmpi.functional.loss import binary_cross_entropy_loss, cross_entropy_loss, mse_loss
 from cnnmpi.functional.metrics import accuracy, label_accuracy, top5_accuracy
-from cnnmpi.functional.norm import batch_norm, batch_norm_backward
+from cnnmpi.functional.norm import batch_norm, batch_norm_backward, group_norm, group_norm_backward
 from cnnmpi.functional.pool import (
     avg_pool2d,
     avg_pool2d_backward,
@@ -64,6 +66,7 @@ __all__ = [
     "binary_cross_entropy_loss",
     "channels_last_view",
     "col2im",
+    "concat",
     "conv2d",
     "conv2d_backward",
     "copy_into",
@@ -77,6 +80,8 @@ __all__ = [
     "gelu_backward",
     "global_avg_pool2d",
     "global_avg_pool2d_backward",
+    "group_norm",
+    "group_norm_backward",
     "im2col",
     "is_intact",
     "kaiming_normal",
@@ -100,6 +105,7 @@ __all__ = [
     "silu_backward",
     "softmax",
     "softmax_backward",
+    "split",
     "tanh",
     "tanh_backward",
     "to_numpy",

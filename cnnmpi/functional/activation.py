@@ -1,14 +1,14 @@
-"""Sums, activations, dropout, softmax and flattening, forward and backward."""
+"""Sums, joins, activations, dropout, softmax and flattening, forward and backward."""
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
-from cnnmpi.common.arguments import check_choice
+from cnnmpi.common.arguments import check_choice, check_split, joined_shape
 from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc
 
 
@@ -19,6 +19,41 @@ def add(x: Array, y: Array) -> Array:
     total = np.empty_like(x, dtype=np.result_type(x, y))
     for_each_block(lambda block: np.add(x[block], y[block], out=total[block]), len(x), 3 * x[:1].nbytes)
     return total
+
+
+def concat(arrays: Sequence[Array]) -> Array:
+    """Return ``arrays`` (N, C_i, ...) side by side along the channels: (N, sum of C_i, ...), copied once.
+
+    Raises ValueError where they differ in more than their channels, and for none.
+    """
+    N, C, *HW = joined_shape("concat", [a.shape for a in arrays])
+    joined = np.empty((N, *HW, C), np.result_type(*arrays))  # channels-last
+    parts = np.split(joined, np.cumsum([a.shape[1] for a in arrays])[:-1], axis=-1)
+
+    def copy(block: slice) -> None:
+        for part, a in zip(parts, arrays, strict=True):
+            part[block] = np.moveaxis(a[block], 1, -1)
+
+    for_each_block(copy, N, 2 * joined[:1].nbytes)
+    return np.moveaxis(joined, -1, 1)
+
+
+def split(x: Array, sizes: Sequence[int]) -> list[Array]:
+    """Cut ``x`` (N, C, ...) along the channels into arrays of their own (N, size, ...), one for each of ``sizes``.
+
+    The gradients of what ``concat`` joined. Raises ValueError unless the sizes add up to C.
+    """
+    check_split("split", x.shape[1], sizes)
+    N, _, *HW = x.shape
+    parts = [np.empty((N, *HW, size), x.dtype) for size in sizes]
+
+    def copy(block: slice) -> None:
+        whole = np.moveaxis(x[block], 1, -1)
+        for part, view in zip(parts, np.split(whole, np.cumsum(sizes)[:-1], axis=-1), strict=True):
+            part[block] = view
+
+    for_each_block(copy, N, 2 * x[:1].nbytes)
+    return [np.moveaxis(part, -1, 1) for part in parts]
 
 
 def relu(x: Array) -> tuple[Array, Any]:

@@ -169,6 +169,15 @@ def wide_rows(x: Array, channels: int) -> Array:
     return x.reshape(positions // together, together * channels)
 
 
+def image_rows(x: Array) -> Array:
+    """View (N, C, H, W) or (N, C) as wide_rows of each image: (N, rows, positions * C)."""
+    N, C = x.shape[:2]
+    positions = math.prod(x.shape[2:])
+    together = _largest_divisor(positions, math.ceil(WIDE / C))
+    contiguous = nhwc(x) if x.ndim == 4 else np.ascontiguousarray(x)
+    return contiguous.reshape(N, positions // together, together * C)
+
+
 @functools.lru_cache(1024)
 def _largest_divisor(number: int, limit: int) -> int:
     return next(n for n in range(limit, 0, -1) if number % n == 0)

@@ -1,10 +1,23 @@
-"""Batch normalisation, alone or with ReLU, forward and backward (Ioffe and Szegedy, "Batch Normalization", 2015)."""
+"""Normalisation, forward and backward: of each channel over the batch, and of groups of channels in each image.
+
+Ioffe and Szegedy, "Batch Normalization", 2015; Wu and He, "Group Normalization", 2018.
+"""
 
 from typing import Any
 
 import numpy as np
 
-from cnnmpi.functional.blocks import Array, column_sums, for_each_block, nchw, nhwc, sum_over_blocks, wide_rows
+from cnnmpi.common.arguments import check_groups
+from cnnmpi.functional.blocks import (
+    Array,
+    column_sums,
+    for_each_block,
+    image_rows,
+    nchw,
+    nhwc,
+    sum_over_blocks,
+    wide_rows,
+)
 from cnnmpi.machine import one_blas_thread
 
 
@@ -145,3 +158,87 @@ def batch_norm_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array]:
 
     for_each_block(gradient, len(rows), 3 * rows.strides[0])
     return _like(dx, x), dgamma.astype(x.dtype), dbeta.astype(x.dtype)
+
+
+@one_blas_thread()
+def group_norm(x: Array, gamma: Array, beta: Array, *, num_groups: int, eps: float = 1e-5) -> tuple[Array, Any]:
+    """Return y = gamma (x - mean) / sqrt(var + eps) + beta for (N, C) or (N, C, H, W).
+
+    Mean and (biased) variance are those of each of ``num_groups`` groups of neighbouring channels of each image, over
+    all positions: no image depends on another. ``gamma`` and ``beta`` are (C,). Raises ValueError unless C is a
+    multiple of ``num_groups``.
+    """
+    N, C = x.shape[:2]
+    check_groups("group_norm", C, num_groups)
+    rows = image_rows(x)
+    y = np.empty_like(rows)
+    count = x[:1].size // num_groups  # of values that share their statistics; 0 for no images
+    centre, rest, inv_std = np.empty((N, num_groups), x.dtype), np.empty((N, num_groups)), np.empty((N, num_groups))
+
+    def normalise(block: slice) -> None:
+        centre[block] = _group_sums(_image_sums(rows[block], C), num_groups) / count
+        centred = rows[block] - _spread(_each_channel(centre[block], C), rows)
+        rest[block] = _group_sums(_image_sums(centred, C), num_groups) / count  # what float32 lost in the mean
+        squares = _group_sums(_image_sums(centred * centred, C), num_groups) / count
+        inv_std[block] = 1 / np.sqrt(np.maximum(squares - rest[block] ** 2, 0) + eps)
+        scale = gamma * _each_channel(inv_std[block], C)
+        np.multiply(centred, _spread(scale, rows), out=y[block])
+        y[block] += _spread(beta - scale * _each_channel(rest[block], C), rows)
+
+    for_each_block(normalise, N, 4 * rows[:1].nbytes)
+    return _like(y, x), (x, centre, rest, inv_std, gamma)
+
+
+@one_blas_thread()
+def group_norm_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array]:
+    """Return (dx, dgamma, dbeta).
+
+    With xhat = (x - mean) / std: dbeta = sum dy and dgamma = sum dy xhat over images and positions; and, with the means
+    over a group of an image, dx = (gamma dy - mean(gamma dy) - xhat mean(gamma dy xhat)) / std.
+    """
+    x, centre, rest, inv_std, gamma = cache
+    rows, drows, C, num_groups = image_rows(x), image_rows(dy), x.shape[1], centre.shape[1]
+    count = x[:1].size // num_groups
+    dx = np.empty_like(rows)
+
+    def gradient(block: slice) -> Array:
+        part, each_inv_std = dx[block], _each_channel(inv_std[block], C)
+        centred = rows[block] - _spread(_each_channel(centre[block], C), rows)
+        sums = _image_sums(drows[block], C).astype(np.float64)
+        products = _image_sums(np.multiply(centred, drows[block], out=part), C)
+        products = (products - _each_channel(rest[block], C) * sums) * each_inv_std  # of dy and xhat
+        mean = _group_sums(gamma * sums, num_groups) / count
+        slope = inv_std[block] ** 2 * _group_sums(gamma * products, num_groups) / count
+        np.multiply(drows[block], _spread(gamma * each_inv_std, rows), out=part)
+        centred *= _spread(_each_channel(slope, C), rows)
+        part -= centred
+        shift = slope * rest[block] - inv_std[block] * mean
+        part += _spread(_each_channel(shift, C), rows)
+        return np.stack([sums.sum(axis=0), products.sum(axis=0)])
+
+    dbeta, dgamma = sum_over_blocks(gradient, len(x), 4 * rows[:1].nbytes)
+    return _like(dx, x), dgamma.astype(x.dtype), dbeta.astype(x.dtype)
+
+
+def _image_sums(rows: Array, channels: int) -> Array:
+    """Sum each channel of each image of image_rows: (n, C)."""
+    sums = np.ones(rows.shape[1], rows.dtype) @ rows  # (n, positions * C), as a matrix product: see column_sums
+    sums = sums.reshape(len(rows), sums.shape[1] // channels, channels)
+    total: Array = np.ones(sums.shape[1], rows.dtype) @ sums
+    return total
+
+
+def _group_sums(sums: Array, groups: int) -> Array:
+    """Sum (n, C) over the channels of each group, in float64: (n, groups)."""
+    total: Array = sums.reshape(len(sums), groups, sums.shape[1] // groups).sum(axis=2, dtype=np.float64)
+    return total
+
+
+def _each_channel(values: Array, channels: int) -> Array:
+    """Repeat values of groups (n, groups) for each of their channels: (n, C)."""
+    return np.repeat(values, channels // values.shape[1], axis=1)
+
+
+def _spread(values: Array, rows: Array) -> Array:
+    """Repeat values of channels (n, C) along image_rows, in their dtype: (n, 1, positions * C)."""
+    return np.tile(values.astype(rows.dtype), rows.shape[2] // values.shape[1])[:, None]

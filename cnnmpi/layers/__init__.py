@@ -5,7 +5,7 @@ A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after 
 """
 
 from cnnmpi.layers.base import Array, Layer, Pair
-from cnnmpi.layers.containers import Identity, Residual, Sequential
+from cnnmpi.layers.containers import Concat, Identity, Residual, Sequential
 from cnnmpi.layers.convolution import Conv2d, Convolution, Whitening
 from cnnmpi.layers.fixed import (
     GELU,
@@ -21,18 +21,20 @@ from cnnmpi.layers.fixed import (
     Softmax,
     Tanh,
 )
-from cnnmpi.layers.learned import BatchNorm, Linear
+from cnnmpi.layers.learned import BatchNorm, GroupNorm, Linear
 
 __all__ = [
     "GELU",
     "Array",
     "AvgPool2d",
     "BatchNorm",
+    "Concat",
     "Conv2d",
     "Convolution",
     "Dropout",
     "Flatten",
     "GlobalAvgPool2d",
+    "GroupNorm",
     "Identity",
     "Layer",
     "LeakyReLU",

@@ -1,7 +1,9 @@
-"""Layers made of layers: a chain, a skip connection, and the skip itself."""
+"""Layers made of layers: a chain, branches side by side, a skip connection, and the skip itself."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
+from cnnmpi.common.arguments import joined_shape
 from cnnmpi.layers.base import Array, Layer
 
 
@@ -35,10 +37,10 @@ class Identity(Layer):
         return dout
 
 
-class Sequential(Layer):
-    """y = last(... second(first(x))); its layers are named "0", "1", ... as in torch.
+class _Several(Layer):
+    """Layers named "0", "1", ... as in torch, in the tuple ``layers``.
 
-    ``layers`` is a tuple; ``chain[i] = layer`` puts another layer in the place of the i-th.
+    ``container[i] = layer`` puts another layer in the place of the i-th.
     """
 
     lists = ("layers",)
@@ -47,7 +49,8 @@ class Sequential(Layer):
         super().__init__()
         for layer in layers:
             if not isinstance(layer, Layer):
-                raise TypeError(f"Sequential: expected layers, one after another, got a {type(layer).__name__}")
+                kind = type(layer).__name__
+                raise TypeError(f"{type(self).__name__}: expected layers, one after another, got a {kind}")
         self.layers = layers
         self._rename(self.name)
 
@@ -69,6 +72,16 @@ class Sequential(Layer):
             yield str(index), layer
         yield from super().children()
 
+    def _options(self) -> str:
+        return ", ".join(map(repr, self.layers))
+
+
+class Sequential(_Several):
+    """y = last(... second(first(x))); its layers are named "0", "1", ... as in torch.
+
+    ``layers`` is a tuple; ``chain[i] = layer`` puts another layer in the place of the i-th.
+    """
+
     def forward(self, x: Array) -> Array:
         """Apply the layers first to last."""
         for layer in self.layers:
@@ -83,8 +96,37 @@ class Sequential(Layer):
         """Spare what the layers up to the first that learns can spare."""
         chain_skip_input_grad(self.layers)
 
-    def _options(self) -> str:
-        return ", ".join(map(repr, self.layers))
+
+class Concat(_Several):
+    """y = (first(x), second(x), ...), the branches' outputs side by side along the channels, axis 1.
+
+    Hence dx is the sum of the branches' gradients, each for its part of dout. The branches are named "0", "1", ...;
+    ``Concat(Identity(), body)`` keeps x and adds the channels of the body, as DenseNet does. (N, C) or (N, C, H, W).
+    """
+
+    def __init__(self, *branches: Layer) -> None:
+        super().__init__(*branches)
+        if not branches:
+            raise ValueError("Concat: expected branches, one after another, got none")
+
+    def forward(self, x: Array) -> Array:
+        """Return the branches' outputs for ``x`` (N, C_i, ...), joined: (N, sum of C_i, ...)."""
+        outputs = [branch.forward(x) for branch in self.layers]
+        joined_shape(f"{self.name} Concat".strip(), [tuple(y.shape) for y in outputs])
+        return self._keep((self.F.concat(outputs), tuple(y.shape[1] for y in outputs)))
+
+    def backward(self, dout: Array) -> Array:
+        """Return dx, the sum of the branches' gradients by the input; None where one leaves its own out."""
+        parts = self.F.split(dout, self._taken(dout))
+        gradients = [branch.backward(part) for branch, part in zip(self.layers, parts, strict=True)]
+        if any(gradient is None for gradient in gradients):
+            return None
+        return functools.reduce(self.F.add, gradients)
+
+    def skip_input_grad(self) -> None:
+        """Spare what each branch can spare."""
+        for branch in self.layers:
+            branch.skip_input_grad()
 
 
 class Residual(Layer):

@@ -1,10 +1,11 @@
-"""The layers that learn, besides convolutions: affine map, batch normalisation."""
+"""The layers that learn, besides convolutions: affine map, normalisation."""
 
 from typing import Any
 
 import numpy as np
 
 from cnnmpi import functional
+from cnnmpi.common.arguments import check_groups
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.rng import for_first_draws
 from cnnmpi.sizes import whole
@@ -69,7 +70,10 @@ class BatchNorm(Layer):
         self._add_array(self.buffers, "running_var", np.ones(num_features), dtype)
 
     def forward(self, x: Array) -> Array:
-        """Shape kept. In training the running statistics move towards the batch's."""
+        """Return y, normalised, scaled and shifted: of the shape of ``x``.
+
+        In training by the batch's statistics, towards which the running ones move; in evaluation by the running ones.
+        """
         self._expect(x, "N", self.num_features, *("HW" if len(x.shape) == 4 else ""))
         try:
             result = self.F.batch_norm(
@@ -88,10 +92,42 @@ class BatchNorm(Layer):
         return self._keep(result)
 
     def backward(self, dout: Array) -> Array:
-        """Shape kept."""
+        """Return dx, the gradient by the input, of its shape; add those by weight and bias to their gradients."""
         dx, dW, db = self.F.batch_norm_backward(dout, self._taken(dout))
         self._add_grads(weight=dW, bias=db)
         return dx
 
     def _options(self) -> str:
         return f"{self.num_features}" + (", relu=True" if self.relu else "")
+
+
+class GroupNorm(Layer):
+    """Normalisation of (N, C) or (N, C, H, W) by ``num_groups`` groups of channels (Wu and He, 2018).
+
+    The statistics are each image's own, so that nothing depends on the batch, neither in training nor in evaluation.
+    Weight and bias (C,), for C = ``num_channels``, a multiple of ``num_groups``.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, *, dtype: Any = np.float32) -> None:
+        super().__init__()
+        self.num_groups = num_groups = whole("GroupNorm: num_groups", num_groups)
+        self.num_channels = num_channels = whole("GroupNorm: num_channels", num_channels)
+        check_groups("GroupNorm", num_channels, num_groups)
+        self.eps = eps
+        self._add_parameter("weight", np.ones(num_channels), dtype)
+        self._add_parameter("bias", np.zeros(num_channels), dtype)
+
+    def forward(self, x: Array) -> Array:
+        """Return y, normalised, scaled and shifted: of the shape of ``x``."""
+        self._expect(x, "N", self.num_channels, *("HW" if len(x.shape) == 4 else ""))
+        W, b = self.params["weight"], self.params["bias"]
+        return self._keep(self.F.group_norm(x, W, b, num_groups=self.num_groups, eps=self.eps))
+
+    def backward(self, dout: Array) -> Array:
+        """Return dx, the gradient by the input, of its shape; add those by weight and bias to their gradients."""
+        dx, dW, db = self.F.group_norm_backward(dout, self._taken(dout))
+        self._add_grads(weight=dW, bias=db)
+        return dx
+
+    def _options(self) -> str:
+        return f"{self.num_groups}, {self.num_channels}"
