@@ -3,6 +3,7 @@
 python -m cnnmpi.evaluate runs/simplecnn-0/best.h5 --data data/cifar10.h5
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.sizes import pair
-from cnnmpi.train import Evaluation, evaluate, load_checkpoint
-from cnnmpi.train.setup import open_data
+from cnnmpi.train import Config, Evaluation, evaluate
+from cnnmpi.train.code import Code
+from cnnmpi.train.setup import find_losses, load_trained, make_measures, open_data, with_loss
 
 PROGRAM = "cnnmpi.evaluate"
 LARGEST_MATRIX = 20  # classes up to which the confusion matrix is shown
@@ -38,6 +40,8 @@ def run(
     data: str = "auto",
     split: Literal["test", "train"] = "test",
     threads: int = 0,
+    model: str | None = None,
+    loss: str | None = None,
 ) -> None:
     """Evaluate a checkpoint on the test (or training) images.
 
@@ -46,30 +50,40 @@ def run(
         data: auto, cifar10, synthetic, an HDF5 file, or a CIFAR archive.
         split: which images.
         threads: threads to compute with; 0 uses all cores.
+        model: the network of a checkpoint of your own: FILE.py:CLASS or MODULE:CLASS.
+        loss: the loss to report, FILE.py:FUNCTION for one of your own; that of the run, unless it was your own.
 
     """
-    model = load_checkpoint(checkpoint)
-    ranks = Ranks()
-    model.F.set_threads(threads or ranks.default_threads())
+    trained, ranks = load_trained(checkpoint, model), Ranks()
+    trained.F.set_threads(threads or ranks.default_threads())
     dataset = open_data(data, ranks, lambda text: print(printable(text), file=sys.stderr)).dataset
     images, labels = (
         (dataset.test_images, dataset.test_labels) if split == "test" else (dataset.train_images, dataset.train_labels)
     )
-    known = in_words(model.info.options["in_channels"], pair(model.info.options["image_size"]), model.info.classes)
+    info = trained.info
+    known = in_words(info.options["in_channels"], pair(info.options["image_size"]), info.classes)
     given = in_words(images.shape[1], images.shape[2:], dataset.classes)
     if known != given:
         raise UserError(f"{checkpoint} was trained on {known}; --data {data} has {given}")
-    for number, (theirs, ours) in enumerate(zip(model.info.classes, dataset.classes, strict=True)):
+    for number, (theirs, ours) in enumerate(zip(info.classes, dataset.classes, strict=True)):
         if theirs != ours:
             raise UserError(f"class {number} of {checkpoint} is {theirs}, that of --data {data} is {ours}")
+    of_run = json.loads(info.attributes.get("config", "{}")).get("loss") or ""
+    config = with_loss(Config(loss=loss or (None if ":" in of_run else of_run or None)), dataset)
+    measured = find_losses(config, Code())[1](trained.F)
+    metrics = make_measures(config, dataset, type(trained).recipe.get("metrics")).metrics
     try:
-        scaling = {"mean": model.info.mean, "std": model.info.std}
-        result = evaluate(model, images, labels, classes=len(dataset.classes), **scaling)
+        scaling = {"mean": info.mean, "std": info.std}
+        result = evaluate(
+            trained, images, labels, classes=len(dataset.classes), loss=measured, metrics=metrics, **scaling
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     print(printable(f"{checkpoint} on the {len(images)} {split} images of {dataset.source}"))
-    print(f"accuracy {result.accuracy:.4f}  loss {result.loss:.4f}")
-    show(result, dataset.classes)
+    values = {("accuracy" if name == "acc" else name): value for name, value in result.metrics.items()}
+    print("  ".join(f"{name} {value:.4f}" for name, value in {**values, "loss": result.loss}.items()))
+    if len(result.labels):
+        show(result, dataset.classes)
 
 
 def in_words(channels: int, size: Sequence[int], classes: Sequence[str]) -> str:

@@ -21,8 +21,8 @@ from cnnmpi.distributed import UserError
 from cnnmpi.functional import softmax
 from cnnmpi.models import Model
 from cnnmpi.sizes import pair
-from cnnmpi.train import load_checkpoint
 from cnnmpi.train.evaluation import batch_size
+from cnnmpi.train.setup import load_trained
 
 PROGRAM = "cnnmpi.predict"
 TOP = 3  # classes printed of each image
@@ -43,6 +43,7 @@ def run(
     images: Annotated[tuple[Path, ...], tyro.conf.Positional],
     /,
     top: int | None = None,
+    model: str | None = None,
 ) -> int:
     """Print the most probable classes of each image.
 
@@ -50,15 +51,16 @@ def run(
         checkpoint: a checkpoint of cnnmpi.train.
         images: PNG or JPEG files of any size; cut to the middle and scaled to the size the model knows.
         top: how many classes to print; 3 unless given.
+        model: the network of a checkpoint of your own: FILE.py:CLASS or MODULE:CLASS.
 
     """
     if not images:
         raise UserError("name at least one image")
-    model = load_checkpoint(checkpoint)
-    classes = model.info.classes
+    trained = load_trained(checkpoint, model)
+    classes = trained.info.classes
     if top is not None and not 1 <= top <= len(classes):
         raise UserError(f"--top {top}: the model knows {len(classes)} classes; name a number from 1 to {len(classes)}")
-    channels, (height, width) = model.info.options["in_channels"], pair(model.info.options["image_size"])
+    channels, (height, width) = trained.info.options["in_channels"], pair(trained.info.options["image_size"])
     if channels not in (1, 3):
         raise UserError(f"{checkpoint} takes images of {channels} channels: an image file has 1 or 3")
     unreadable: list[Path] = []
@@ -71,9 +73,9 @@ def run(
                 complain(PROGRAM, error)
                 unreadable.append(path)
 
-    pictures, together = read(), batch_size(model, (channels, height, width))
+    pictures, together = read(), batch_size(trained, (channels, height, width))
     while batch := list(itertools.islice(pictures, together)):
-        for (path, _), row in zip(batch, probabilities(model, [pixels for _, pixels in batch]), strict=True):
+        for (path, _), row in zip(batch, probabilities(trained, [pixels for _, pixels in batch]), strict=True):
             best = np.argsort(-row, kind="stable")[: top or TOP]
             print(f"{printable(path)}: " + "  ".join(f"{printable(classes[k])} {row[k]:.1%}" for k in best))
     return 2 if unreadable else 0

@@ -2,6 +2,7 @@
 
 python -m cnnmpi.checkpoint show runs/simplecnn-0/last.h5
 python -m cnnmpi.checkpoint verify runs/*/*.h5
+python -m cnnmpi.checkpoint verify own.h5 --model nets.py:Net
 python -m cnnmpi.checkpoint diff a/last.h5 b/last.h5
 """
 
@@ -17,6 +18,8 @@ import tyro
 from cnnmpi.checkpoint.atomic import CheckpointError
 from cnnmpi.checkpoint.format import Array, load, weights_digest
 from cnnmpi.console import command, complain, printable, table
+from cnnmpi.distributed import UserError
+from cnnmpi.train.setup import load_trained
 
 PROGRAM = "cnnmpi.checkpoint"
 LONGEST_LIST = 20  # of an attribute, shown whole
@@ -34,6 +37,8 @@ class Verify:
     """Check every byte of each file; the exit code is 1 if any is bad."""
 
     files: tyro.conf.Positional[tuple[Path, ...]]
+    model: str | None = None
+    """Check that the weights fit this network, too: FILE.py:CLASS, MODULE:CLASS, or a reference network's name."""
 
 
 @dataclass
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = tyro.cli(Command, args=argv, prog=f"python -m {PROGRAM}", description="Look into checkpoints.")
     try:
         return run(wanted)
-    except CheckpointError as error:
+    except (CheckpointError, UserError) as error:
         complain(PROGRAM, error)
         return 2
 
@@ -69,7 +74,7 @@ def run(wanted: Show | Verify | Diff) -> int:
     if not wanted.files:
         raise CheckpointError("no file is named; name at least one checkpoint")
     if isinstance(wanted, Verify):
-        verdicts = [verify(path) for path in wanted.files]
+        verdicts = [verify(path, wanted.model) for path in wanted.files]
         return 0 if all(verdicts) else 1
     for path in wanted.files:
         show(path)
@@ -94,10 +99,15 @@ def show(path: Path) -> None:
         print(f"  {printable(group)}: {len(members)} arrays, {count:,} numbers, {size:,} bytes")
 
 
-def verify(path: Path) -> bool:
-    """Print the digest of a checkpoint's weights if all is well, else the reason to stderr; return which."""
+def verify(path: Path, model: str | None = None) -> bool:
+    """Print the digest of a checkpoint's weights if all is well, else the reason to stderr; return which.
+
+    With ``model``, its weights must fit the network of that name.
+    """
     try:
         arrays, attributes = load(path)
+        if model is not None:
+            load_trained(path, model)
     except CheckpointError as error:
         complain(PROGRAM, error)
         return False

@@ -58,8 +58,8 @@ class Code:
         elif ":" in name:
             found = _imported(setting, name)
         else:
-            known = "".join(f"{own}, " for own in ours)
-            raise UserError(f"{setting} must be one of {known}or FILE.py:{kind} or MODULE:{kind}, got {name!r}")
+            known = f"one of {', '.join(ours)}, or " if ours else ""
+            raise UserError(f"{setting} must be {known}FILE.py:{kind} or MODULE:{kind}, got {name!r}")
         if not callable(found):
             raise UserError(f"{setting} {name}: expected a {kind.lower()}, got a {type(found).__name__}")
         self.used[setting.removeprefix("--")] = found

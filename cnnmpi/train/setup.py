@@ -7,6 +7,8 @@ import hashlib
 import inspect
 import json
 import math
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.measures import Loss, Measures, Metric, checked
 from cnnmpi.train.report import Report
 from cnnmpi.train.signals import StopSignals
-from cnnmpi.train.state import accepted, model_attributes, unpack, version_of
+from cnnmpi.train.state import accepted, load_checkpoint, model_attributes, unpack, version_of
 from cnnmpi.train.team import Team, fewest_workers
 from cnnmpi.train.trainer import Trainer
 from cnnmpi.train.watchdog import Watchdog
@@ -78,7 +80,8 @@ def set_up(
     team = make_team(config, model, ranks, len(mine))
     flats = share_parameters(team.models)
     optimizer = make_optimizer(config, model)
-    measures = make_measures(config, described.dataset, getattr(network, "recipe", {}).get("metrics", {}), metrics)
+    own = {**getattr(network, "recipe", {}).get("metrics", {}), **(metrics or {})}
+    measures = make_measures(config, described.dataset, own)
     sizes = [len(flats[model].grads), len(flats[model].buffers), len(measures) + 1]
     names = [(name, math.prod(param.shape)) for name, (param, _) in model.named_parameters().items()]
     reducer = (ExactReducer if config.reduction == "exact" else Reducer)(ranks, shards, sizes, names)
@@ -246,6 +249,20 @@ def probe(model: Model, name: str, options: Mapping[str, Any]) -> None:
         trial.backward(np.zeros(expected, logits.dtype))
 
 
+def load_trained(path: Path, name: str | None) -> Model:
+    """Return the model of a checkpoint for a command: a network of a person's own by its ``name``, as --model gives it.
+
+    A source that has changed since is named in a line on standard error.
+    """
+    network = Code().find("--model", name, MODELS, "CLASS") if name else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_checkpoint(path, network)
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return model
+
+
 def make_team(config: Config, model: Model, ranks: Ranks, shards: int) -> Team:
     """Return as many copies of ``model`` as threads of this rank work on its ``shards`` at the same time."""
     F, workers = model.F, 1
@@ -297,12 +314,9 @@ def find_losses(config: Config, code: Code) -> tuple[Callable[[Any], Loss], Call
     return lambda F: functools.partial(getattr(F, LOSSES[name]), **smoothing), lambda F: getattr(F, LOSSES[name])
 
 
-def make_measures(
-    config: Config, dataset: Dataset, of_network: Mapping[str, Metric], given: Mapping[str, Metric] | None
-) -> Measures:
-    """Return the loss and the metrics that suit the data, and those of the network and of a person. UserError."""
-    own = {**of_network, **(given or {})}
-    for name, metric in own.items():
+def make_measures(config: Config, dataset: Dataset, own: Mapping[str, Metric] | None = None) -> Measures:
+    """Return the loss and the metrics that suit the data, and a person's ``own``. Raises UserError."""
+    for name, metric in (own or {}).items():
         if not callable(metric) or name in ("loss", "acc"):
             raise UserError(f"metrics: {name!r} must be another name than loss and acc, and a function")
     usual: dict[str, Metric] = {}
@@ -312,7 +326,7 @@ def make_measures(
         usual = {"acc": accuracy}
         if len(dataset.classes) >= MANY_CLASSES:
             usual["top5"] = top5_accuracy
-    return Measures({**usual, **own})
+    return Measures({**usual, **(own or {})})
 
 
 def make_optimizer(config: Config, model: Model) -> optim.Optimizer:
@@ -358,10 +372,9 @@ def continue_from(saved: Saved, trainer: Trainer, data: Data, code: Code, tell: 
             f"{saved.path} was trained on other data ({run.data_source}) than {trainer.config.data} "
             f"({data.dataset.source}): name the same data with --data"
         )
-    for setting, sha256 in code.sources().items():
-        if run.sources.get(setting, sha256) != sha256:
-            name = getattr(trainer.config, setting)
-            tell(f"warning: the source of --{setting} {name} has changed since {saved.path} was saved")
+    sources = code.sources()
+    if changed := [f"--{setting}" for setting in sources if run.sources.get(setting, "") not in ("", sources[setting])]:
+        tell(f"warning: the source of {', '.join(changed)} has changed since {saved.path} was saved")
     try:
         unpack(saved.arrays, trainer.model, trainer.optimizer)
     except ValueError as error:

@@ -180,11 +180,17 @@ def load_checkpoint(path: str | Path, model: Callable[..., Model] | None = None)
 
 
 def accepted(network: Callable[..., Model], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``options`` but for those of INPUTS that the constructor of ``network`` does not take."""
-    parameters = inspect.signature(network).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(options)
-    return {name: value for name, value in options.items() if name in parameters or name not in INPUTS}
+    """Return the ``options`` but for those of INPUTS that the constructor of ``network`` does not take.
+
+    One that passes on all that it is given (``**options``) takes what its base class takes.
+    """
+    taken: set[str] = set()
+    for function in [vars(cls).get("__init__") for cls in inspect.getmro(network)] if isinstance(network, type) else [network]:
+        parameters = inspect.signature(function).parameters.values() if function else ()
+        taken |= {parameter.name for parameter in parameters}
+        if parameters and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return {name: value for name, value in options.items() if name in taken or name not in INPUTS}
 
 
 def _info(path: str | Path, name: str, attributes: dict[str, Any], free: bool) -> Info:

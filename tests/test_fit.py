@@ -1,0 +1,460 @@
+"""A person's own network, loss, augmentation, metrics and hooks: by ``fit``, by name, and what wrong ones are told."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cnnmpi
+from cnnmpi import checkpoint
+from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.data import Dataset, read_hdf5, write_hdf5
+from cnnmpi.distributed import Ranks, UserError
+from cnnmpi.train import Config, set_up
+from cnnmpi.train.code import Code
+from tests.jobs import digest, needs_mpirun, run
+
+NET = """
+import sys
+import numpy as np
+import cnnmpi
+from cnnmpi import Concat, Conv2d, Dropout, GlobalAvgPool2d, GroupNorm, Identity, Linear, Model, ReLU, Sequential
+
+
+def loss(logits, targets, reduction="sum"):
+    total, dlogits = cnnmpi.cross_entropy_loss(logits, targets, reduction=reduction)
+    penalty = 0.01 * float((logits * logits).sum()) / (1 if reduction == "sum" else len(logits))
+    return total + penalty, dlogits + 0.02 * logits / (1 if reduction == "sum" else np.float32(len(logits)))
+
+
+def darker(images, rng):
+    return images // rng.integers(1, 4, (len(images), 1, 1, 1)).astype(np.uint8)
+
+
+def confident(logits, targets):
+    return (logits.max(axis=1) > 1).sum(), len(targets)
+
+
+class Net(Model):
+    recipe = {
+        "loss": loss, "augment": darker, "metrics": {"confident": confident}, "lr": 0.1, "batch_size": 40, "epochs": 2,
+    }
+
+    def __init__(self, in_channels=3, num_classes=10, width=8):
+        super().__init__()
+        self.stem = Conv2d(in_channels, width, 3, 2)
+        self.dense = Concat(Identity(), Sequential(GroupNorm(2, width), ReLU(), Conv2d(width, 4, 3, padding=1)))
+        self.drop = Dropout(0.1)
+        self.pool = GlobalAvgPool2d()
+        self.head = Linear(width + 4, num_classes)
+
+
+class Wide(Net):
+    def __init__(self, **options):
+        super().__init__(**options, width=12)
+
+
+if __name__ == "__main__":
+    sys.exit(cnnmpi.fit(Net))
+"""
+
+
+def images(train: int = 80, test: int = 40, size: int = 16) -> Dataset:
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 256, (train + test, 3, size, size), np.uint8)
+    y = draw.integers(0, 10, train + test)
+    return Dataset.of((x[:train], y[:train], x[train:], y[train:]))
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory) -> Path:
+    """A folder with the script net.py and data.h5, and nothing else."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "net.py").write_text(NET)
+    write_hdf5(folder / "data.h5", images())
+    return folder
+
+
+@pytest.fixture
+def here(nets, monkeypatch) -> Path:
+    monkeypatch.chdir(nets)
+    return nets
+
+
+def python(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, *words)
+
+
+def refusal(*words: str | Path) -> str:
+    """Return the one line with which a command ends."""
+    result = python(*words)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+# -- scripts and names -------------------------------------------------------------------------------------------------
+
+
+@needs_mpirun
+@pytest.mark.mpi_skip
+def test_a_script_and_its_name_end_in_one_digest_on_any_number_of_ranks(here, tmp_path):
+    from tests.jobs import MPIRUN
+
+    data = ["--data", "data.h5"]
+    alone = python("net.py", *data, "--out", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    assert "test loss" in alone.stdout and "confident" in alone.stdout
+    by_name = ["-m", "cnnmpi.train", "--model", "net.py:Net", *data]
+    three = run(MPIRUN, "-n", "3", sys.executable, *by_name, "--out", tmp_path / "three")
+    assert digest(three.stdout) == digest(alone.stdout), three.stderr
+    part = run(MPIRUN, "-n", "2", sys.executable, "net.py", *data, "--out", tmp_path / "part", "--max-steps", "3")
+    assert part.returncode == 0, part.stderr
+    rest = python(*by_name, "--out", tmp_path / "part", "--resume")
+    assert digest(rest.stdout) == digest(alone.stdout), rest.stderr
+    line = json.loads((tmp_path / "part" / "metrics.jsonl").read_text().splitlines()[-1])
+    whole = json.loads((tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("train_loss", "train_acc", "train_confident", "test_loss", "test_acc", "test_confident"):
+        assert line[name] == whole[name], name
+
+
+@pytest.mark.mpi_skip
+def test_a_module_names_a_network_and_options_reach_it(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    result = python(
+        "-m", "cnnmpi.train", "--model", "net:Net", "--model-options", '{"width": 6}', "--data", here / "data.h5",
+        "--out", tmp_path / "run", "--max-steps", "1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    arrays, attributes = checkpoint.load(tmp_path / "run" / "last.h5")
+    assert arrays["model/stem.weight"].shape == (6, 3, 3, 3) and attributes["model"] == "net:Net"
+    assert json.loads(attributes["model_options"])["width"] == 6
+
+
+@pytest.mark.mpi_skip
+def test_help_shows_the_defaults_of_the_network(here):
+    text = python("-m", "cnnmpi.train", "--help", "--model", "net.py:Net").stdout
+    words = " ".join(text.replace("│", " ").split())
+    assert "(default: net.py:loss)" in words and "(default: 40)" in words and "(default: 0.1)" in words
+
+
+# -- in a notebook -----------------------------------------------------------------------------------------------------
+
+
+class Small(cnnmpi.Model):
+    """A network that draws its weights without a generator."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv, self.pool = cnnmpi.Conv2d(3, 4, 3, 2), cnnmpi.GlobalAvgPool2d()
+        self.drop, self.head = cnnmpi.Dropout(0.2), cnnmpi.Linear(4, num_classes)
+
+
+QUICK = {"batch_size": 40, "epochs": 2, "threads": 1, "shards": 4}
+
+
+def test_fit_returns_the_model_and_its_metrics_and_repeats_itself(tmp_path):
+    data = images()
+    arrays = (data.train_images / np.float32(255), data.train_labels, data.test_images, data.test_labels)
+    one = cnnmpi.fit(Small, data=data, out=tmp_path / "one", **QUICK)
+    two = cnnmpi.fit(Small, data=arrays, out=tmp_path / "two", **QUICK)
+    assert one == two == 0 and not one.model.training and len(one.metrics) == 2
+    assert checkpoint.weights_digest(one.model.state_dict()) == checkpoint.weights_digest(two.model.state_dict())
+    other = cnnmpi.fit(Small, data=data, out=tmp_path / "other", seed=1, **QUICK)
+    assert not np.array_equal(other.model.state_dict()["conv.weight"], one.model.state_dict()["conv.weight"])
+    result = cnnmpi.train.evaluate(
+        one.model, data.test_images, data.test_labels, classes=10, mean=one.model.info.mean, std=one.model.info.std
+    )
+    assert result.accuracy == one.metrics[-1]["test_acc"]
+    loaded = cnnmpi.load_checkpoint(one.out / "last.h5", model=Small)
+    assert checkpoint.weights_digest(loaded.state_dict()) == checkpoint.weights_digest(one.model.state_dict())
+
+
+def test_fit_goes_on_where_it_was(tmp_path):
+    data = images()
+    whole = cnnmpi.fit(Small, data=data, out=tmp_path / "whole", **QUICK)
+    cnnmpi.fit(Small, data=data, out=tmp_path / "part", max_steps=3, **QUICK)
+    rest = cnnmpi.fit(Small, data=data, out=tmp_path / "part", resume="auto")
+    assert checkpoint.weights_digest(rest.model.state_dict()) == checkpoint.weights_digest(whole.model.state_dict())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy", "mse"])
+def test_targets_of_several_numbers_train_and_evaluate(tmp_path, loss):
+    data = images()
+    draw = np.random.default_rng(1)
+    y = [draw.random((len(part), 3), np.float32) for part in (data.train_labels, data.test_labels)]
+    if loss == "cross_entropy":
+        y = [part / part.sum(axis=1, keepdims=True) for part in y]
+    if loss == "mse":
+        y = [part * 4 - 2 for part in y]
+    arrays = (data.train_images, y[0], data.test_images, y[1])
+    write_hdf5(tmp_path / "soft.h5", Dataset.of(arrays))
+    again = read_hdf5(tmp_path / "soft.h5")
+    assert np.array_equal(again.train_labels, y[0]) and again.digest() == Dataset.of(arrays).digest()
+    result = cnnmpi.fit(Small, data=tmp_path / "soft.h5", out=tmp_path / "run", crop=0, **QUICK)
+    assert json.loads(checkpoint.load(result.out / "last.h5")[1]["config"])["loss"] == loss, "what suits the targets"
+    x = cnnmpi.DataLoader(
+        data.test_images, y[1], 40, shuffle=False, mean=result.model.info.mean, std=result.model.info.std
+    ).batch(0)[0]
+    logits = result.model.forward(x)
+    expected, _ = getattr(cnnmpi, "mse_loss" if loss == "mse" else f"{loss}_loss")(logits, y[1])
+    metrics = result.metrics[-1]
+    np.testing.assert_allclose(metrics["test_loss"], expected, rtol=1e-5)  # batches of float32 in another order
+    right = (logits >= 0) == (y[1] >= 0.5) if loss == "binary_cross_entropy" else logits.argmax(1) == y[1].argmax(1)
+    assert ("test_acc" not in metrics) if loss == "mse" else metrics["test_acc"] == right.mean()
+    assert result.metrics[0]["train_loss"] > result.metrics[1]["train_loss"], "it learns"
+
+
+def test_top5_is_reported_from_twenty_classes_on(tmp_path):
+    data = images()
+    labels = np.arange(80) % 20
+    result = cnnmpi.fit(Small, data=(data.train_images, labels, data.train_images, labels), out=tmp_path / "r", **QUICK)
+    assert 0 <= result.metrics[0]["test_acc"] <= result.metrics[0]["test_top5"] < 0.6
+    fewer = cnnmpi.fit(Small, data=(*(data.train_images, labels % 19) * 2,), out=tmp_path / "s", **QUICK)
+    assert "test_top5" not in fewer.metrics[0]
+
+
+# -- fine-tuning -------------------------------------------------------------------------------------------------------
+
+
+class Tuned(Small):
+    """The body stays as it is."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__(num_classes)
+        self.conv.freeze()
+
+
+def test_a_frozen_body_from_a_checkpoint_stays_and_needs_no_optimizer_state(tmp_path, capsys):
+    data = images()
+    base = cnnmpi.fit(Small, data=data, out=tmp_path / "base", **QUICK)
+    three = (data.train_images, data.train_labels % 3, data.test_images, data.test_labels % 3)
+    capsys.readouterr()
+    tuned = cnnmpi.fit(Tuned, data=three, init=str(base.out / "last.h5"), out=tmp_path / "tuned", **QUICK)
+    said = capsys.readouterr().out
+    assert "2 of the model's 4 arrays start from there" in said
+    assert "of another shape: head.bias (10,), not (3,), head.weight (10, 4), not (3, 4)" in said
+    before, after = base.model.state_dict(), tuned.model.state_dict()
+    assert np.array_equal(before["conv.weight"], after["conv.weight"])
+    names = set(checkpoint.load(tuned.out / "last.h5")[0])
+    assert "model/conv.weight" in names and {n for n in names if n.startswith("optimizer")} == {
+        "optimizer/momentum/head.weight", "optimizer/momentum/head.bias",
+    }  # fmt: skip
+    whole = checkpoint.weights_digest(after)
+    cnnmpi.fit(Tuned, data=three, init=str(base.out / "last.h5"), out=tmp_path / "part", max_steps=3, **QUICK)
+    rest = cnnmpi.fit(Tuned, data=three, out=tmp_path / "part", resume="auto")
+    assert checkpoint.weights_digest(rest.model.state_dict()) == whole
+    with pytest.raises(UserError, match="none of its 4 arrays fits"):
+        cnnmpi.fit(cnnmpi.SimpleCNN, data=data, init=str(base.out / "last.h5"), out=tmp_path / "x", **QUICK)
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_see_every_step_epoch_and_save_and_change_nothing(tmp_path):
+    data, steps, epochs, saves = images(), [], [], []
+    plain = cnnmpi.fit(Small, data=data, out=tmp_path / "plain", **QUICK)
+    hooked = cnnmpi.fit(
+        Small,
+        data=data,
+        out=tmp_path / "hooked",
+        on_step=[lambda run, loss: steps.append((run.step, loss)), lambda run, loss: None],
+        on_epoch=lambda run, metrics: epochs.append(metrics["epoch"]),
+        on_save=lambda run, path: saves.append((path.name, checkpoint.load(path)[1]["step"])),
+        **QUICK,
+    )
+    assert [step for step, _ in steps] == [1, 2, 3, 4] and all(np.isfinite(loss) for _, loss in steps)
+    assert epochs == [1, 2] and saves[0] == ("last.h5", 0) and saves[-1] == ("last.h5", 4)
+    assert checkpoint.weights_digest(plain.model.state_dict()) == checkpoint.weights_digest(hooked.model.state_dict())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_hook_runs_on_rank_0_or_on_all_as_it_says(ranks, shared_tmp):
+    called: list[str] = []
+
+    @cnnmpi.on_all_ranks
+    def everywhere(run, loss):
+        called.append("all")
+
+    cnnmpi.fit(
+        Small, data=images(), out=shared_tmp / "run", on_step=[everywhere, lambda run, loss: called.append("one")],
+        **{**QUICK, "shards": 8, "epochs": 1},
+    )  # fmt: skip
+    assert called.count("all") == 2 and called.count("one") == (2 if ranks.rank == 0 else 0)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_hook_that_changes_the_weights_of_one_rank_is_noticed(ranks, shared_tmp):
+    from cnnmpi.distributed import DisagreementError
+    from cnnmpi.train.hooks import Hooks
+
+    def spoil(run, loss):
+        run.model.params_of_head = run.model.head.params["weight"]
+        run.model.head.params["weight"][...] += 1
+
+    config = Config(out=shared_tmp / "run", agree_every=1, **{**QUICK, "shards": 8})
+    run = set_up(config, ranks, Code({"simplecnn": Small}), data=images(), hooks=Hooks(on_step=spoil))
+    with pytest.raises(DisagreementError, match=r"head\.weight"):
+        run.run()
+
+
+# -- what wrong code is told -------------------------------------------------------------------------------------------
+
+WRONG = {
+    "class Net: pass": r"Net cannot be built|makes a Net; expected a subclass of cnnmpi.Model",
+    "Net = 3": "expected a class, got a int",
+    "def Net(): return 3": "makes a int; expected a subclass of cnnmpi.Model",
+    "import nowhere": r"ModuleNotFoundError: No module named 'nowhere' \(wrong\.py, line 3\)",
+    "class Net(Model\n": r"SyntaxError: .* \(.*wrong\.py, line 3\)",
+    "raise SystemExit(3)": "it ends the program: put what it runs below if __name__ == '__main__'",
+    "cnnmpi.fit(SimpleCNN)": r"fit\(\) is called while wrong\.py:Net is imported",
+    """class Net(Model):
+    def __init__(self):
+        super().__init__()
+        self.head = Linear(3, 10)""": r"fails on images \(2, 3, 16, 16\): ValueError: head Linear\(3, 10\): expected",
+    """class Net(Model):
+    def __init__(self):
+        super().__init__()
+        self.layers = [Flatten(), Linear(768, 10)]""": "layers is a list of layers, which would not learn",
+    """class Net(Model):
+    def __init__(self):
+        super().__init__()
+        self.flatten, self.head = Flatten(), Linear(768, 7)""": r"its forward gives \(2, 7\) .*; expected \(2, 10\)",
+    """class Net(Model):
+    def __init__(self):
+        super().__init__()
+        self.flatten, self.head = Flatten(), Linear(768, 10)
+    def forward(self, x):
+        return self.head.forward(self.flatten.forward(x))""": "it must define the backward that belongs to it",
+    """class Net(Model):
+    def __init__(self):
+        self.head = Linear(768, 10)""": r"call super\(\).__init__\(\) before head is assigned \(wrong\.py, line 5\)",
+    """class Net(Model):
+    def __init__(self, depth):
+        super().__init__()""": "missing a required argument: 'depth'; --model-options gives it other arguments",
+    """class Net(SimpleCNN):
+    recipe = {"rate": 3}""": "its recipe has rate; the settings are",
+    """class Net(SimpleCNN):
+    recipe = {"lr": "fast"}""": "--lr must be float, got 'fast'",
+    """class Net(SimpleCNN):
+    recipe = {"metrics": {"acc": len}}""": "metrics: 'acc' must be another name than loss and acc",
+    "class Other(Model): pass": "wrong.py has no Net; it has Other",
+}
+
+
+@pytest.mark.parametrize("source, message", WRONG.items())
+def test_a_network_that_cannot_be_trained_is_told_why_in_one_line(tmp_path, monkeypatch, source, message):
+    (tmp_path / "wrong.py").write_text(f"import cnnmpi\nfrom cnnmpi import *\n{source}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        set_up(Config(model="wrong.py:Net", out=tmp_path / "run", **QUICK), Ranks(), data=images())
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_network_is_refused_by_name(tmp_path):
+    for model, message in {
+        "vgg": "--model must be one of simplecnn, smallresnet, .*or FILE.py:CLASS or MODULE:CLASS, got 'vgg'",
+        "nowhere.py:Net": "nowhere.py: no such file",
+        "no.where:Net": "cannot be imported: ModuleNotFoundError",
+        "cnnmpi:Nothing": "cnnmpi has no Nothing",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            set_up(Config(model=model, out=tmp_path / "run"), Ranks(), data=images())
+    with pytest.raises(UserError, match="needs the class Small, not an object of it"):
+        cnnmpi.fit(Small(), data=images())
+    with pytest.raises(UserError, match="got learning_rate, which are no settings"):
+        cnnmpi.fit(Small, data=images(), learning_rate=0.1)
+    with pytest.raises(UserError, match=r"images must be uint8, or floats in 0\.\.1, got int64"):
+        cnnmpi.fit(Small, data=(np.zeros((4, 3, 8, 8), int), np.zeros(4, int)) * 2, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ({"loss": lambda z, y, reduction: 3.0}, r"the loss .* returned a float; expected \(loss, dlogits\)"),
+        ({"loss": lambda z, y, reduction: (3.0, z[:1])}, r"returned a gradient float32 \(1, 10\); expected float32"),
+        ({"loss": lambda z, y, reduction: (3.0, z.astype(float))}, "returned a gradient float64"),
+        ({"loss": lambda z, y, reduction: ("high", z)}, "the loss .* returned a tuple"),
+        ({"augment": lambda x, rng: x[:, :, 1:]}, r"the augmentation .* returned uint8 \(\d+, 3, 15, 16\)"),
+        ({"augment": lambda x, rng: None}, "the augmentation .* returned NoneType"),
+        ({"metrics": {"m": lambda z, y: 3}}, r"the metric m returned 3; expected \(sum, count\)"),
+        ({"metrics": {"m": 3}}, "metrics: 'm' must be"),
+        ({"on_step": lambda run, loss: 3}, "the on_step hook .* returned 3; a hook returns nothing"),
+        ({"on_save": 3}, "on_save: expected a function, got a int"),
+        ({"loss": "nowhere"}, "--loss must be one of cross_entropy, binary_cross_entropy, mse, or FILE.py:FUNCTION"),
+        ({"loss": "mse"}, r"--loss mse needs targets \(N, K\)"),
+        ({"loss": lambda z, y, reduction: (0, z), "label_smoothing": 0.1}, "--label-smoothing belongs to"),
+        ({"augment": "mirror"}, "--augment must be FILE.py:FUNCTION or MODULE:FUNCTION"),
+    ],
+)
+def test_code_that_returns_nonsense_is_named(tmp_path, parts, message):
+    with pytest.raises(UserError, match=message) as error:
+        cnnmpi.fit(Small, data=images(), out=tmp_path / "run", **{**QUICK, **parts})
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_of_a_persons_code_keeps_its_traceback(tmp_path):
+    def loss(logits, targets, reduction):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        cnnmpi.fit(Small, data=images(), loss=loss, out=tmp_path / "run", **QUICK)
+
+
+@pytest.mark.mpi_skip
+def test_mistakes_on_the_command_line_are_one_line(here, tmp_path):
+    train = ["-m", "cnnmpi.train", "--data", "data.h5", "--out", tmp_path / "run"]
+    assert "has no Nothing; it has" in refusal(*train, "--model", "net.py:Nothing")
+    assert "unexpected keyword argument 'depth'" in refusal(
+        *train, "--model", "net.py:Net", "--model-options", '{"depth": 3}'
+    )
+    assert python(*train, "--model", "net.py:Net", "--max-steps", "1").returncode == 0
+    assert "name it, as --model net.py:Net" in refusal(*train, "--resume")
+    assert "--model simplecnn (the run has net.py:Net)" in refusal(*train, "--resume", "--model", "simplecnn")
+    other = refusal(*train, "--resume", "--model", "net.py:Wide", "--loss", "net.py:loss", "--augment", "net.py:darker")
+    assert "the weights do not fit Wide: stem.weight has shape (8, 3, 3, 3), expected (12, 3, 3, 3)" in other
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_names_its_network_and_takes_no_other(here, tmp_path):
+    code = Code()
+    run = set_up(Config(model="net.py:Net", data="data.h5", out=tmp_path / "run", max_steps=1), Ranks(), code)
+    assert run.run() == 0
+    path = tmp_path / "run" / "last.h5"
+    net, wide = type(run.model), code.find("--model", "net.py:Wide", {}, "CLASS")
+    attributes = checkpoint.load(path)[1]
+    sources = json.loads(attributes["sources"])
+    assert attributes["model"] == "net.py:Net" and set(sources) == {"model", "loss", "augment"}
+    assert cnnmpi.load_checkpoint(path, model=net).info.classes == [str(k) for k in range(10)]
+    with pytest.raises(CheckpointError, match=r"holds the model net\.py:Net, .* give its class"):
+        cnnmpi.load_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"does not fit Wide: .*stem\.weight has shape \(8, 3, 3, 3\)"):
+        cnnmpi.load_checkpoint(path, model=wide)
+    arrays, attributes = checkpoint.load(path)
+    checkpoint.save(path, arrays, attributes | {"sources": json.dumps({"model": "0" * 64})})
+    with pytest.warns(UserWarning, match="the source of Net has changed"):
+        cnnmpi.load_checkpoint(path, model=net)
+
+
+def test_no_code_is_imported_because_a_checkpoint_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("trap.py").write_text("raise RuntimeError('imported')\nNet = f = None\n")
+    run = set_up(Config(out=tmp_path / "run", max_steps=1, **QUICK), Ranks(), Code({"simplecnn": Small}), data=images())
+    assert run.run() == 0
+    path = tmp_path / "run" / "last.h5"
+    arrays, attributes = checkpoint.load(path)
+    for setting in ("model", "loss", "augment"):
+        config = json.loads(attributes["config"]) | {setting: "trap.py:Net"}
+        changed = {"config": json.dumps(config)} | ({"model": "trap.py:Net"} if setting == "model" else {})
+        checkpoint.save(path, arrays, attributes | changed)
+        with pytest.raises(UserError, match="of your own: name it"):
+            set_up(Config(out=tmp_path / "run", resume="auto"), Ranks(), Code({"simplecnn": Small}), data=images())
+    with pytest.raises(CheckpointError, match="give its class"):
+        checkpoint.save(path, arrays, attributes | {"model": "trap.py:Net"})
+        cnnmpi.load_checkpoint(path)
