@@ -363,6 +363,15 @@ def writes(logits: Any, targets: Any, reduction: str = "mean") -> Any:
     return result
 
 
+def test_targets_may_be_missing() -> None:
+    def known(logits: Any, targets: Any, reduction: str = "mean") -> Any:
+        there = ~np.isnan(targets)
+        return mse(np.where(there, logits, 0), np.where(there, targets, 0), reduction)
+
+    targets = np.where(np.eye(5, 4) > 0, np.nan, 1.0)
+    assert max(cnnmpi.check_gradients(known, (5, 4), targets=targets).values()) < 1e-8
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
