@@ -184,11 +184,13 @@ def accepted(network: Callable[..., Model], options: Mapping[str, Any]) -> dict[
 
     One that passes on all that it is given (``**options``) takes what its base class takes.
     """
+    classes = inspect.getmro(network) if isinstance(network, type) else ()
+    constructors = [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)] or [network]
     taken: set[str] = set()
-    for function in [vars(cls).get("__init__") for cls in inspect.getmro(network)] if isinstance(network, type) else [network]:
-        parameters = inspect.signature(function).parameters.values() if function else ()
-        taken |= {parameter.name for parameter in parameters}
-        if parameters and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+    for constructor in constructors:
+        parameters = inspect.signature(constructor).parameters
+        taken |= parameters.keys()
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     return {name: value for name, value in options.items() if name in taken or name not in INPUTS}
 
