@@ -29,7 +29,7 @@ import psutil
 import tyro
 
 from cnnmpi.checkpoint import weights_digest
-from cnnmpi.console import command, table
+from cnnmpi.console import command, is_script, parted, table
 from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import UserError
 from cnnmpi.rng import generator
@@ -112,11 +112,6 @@ def worker(fault: str, arguments: Sequence[str]) -> int:
     sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
     runpy.run_path(arguments[0], run_name="__main__")
     return 0
-
-
-def is_script(arguments: Sequence[str]) -> bool:
-    """Return whether what is to be trained is a script of a person's own, and its arguments."""
-    return bool(arguments) and arguments[0].endswith(".py")
 
 
 def draw_faults(seed: int, most_ranks: int) -> Iterator[tuple[int, Fault]]:
@@ -275,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] == ["--worker"]:
         return worker(args[1], args[2:])
-    own, arguments = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+    own, arguments = parted(args)
     config = tyro.cli(Chaos, args=own, prog="cnnmpi.chaos", description=__doc__)
     try:
         return chaos(config, arguments)

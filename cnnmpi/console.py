@@ -108,6 +108,17 @@ def steady_output() -> Iterator[None]:
             sys.stdout, sys.stderr = before
 
 
+def parted(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return a command's own arguments, and those after ``--``, which are for the program that it starts."""
+    at = list(args).index("--") if "--" in args else len(args)
+    return list(args[:at]), list(args[at + 1 :])
+
+
+def is_script(arguments: Sequence[str]) -> bool:
+    """Return whether what is to be trained is a script of a person's own, and its arguments."""
+    return bool(arguments) and arguments[0].endswith(".py")
+
+
 def complain(program: str, text: object) -> None:
     """Print one line of error, as far as that is possible."""
     with contextlib.suppress(OSError):

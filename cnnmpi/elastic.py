@@ -137,7 +137,7 @@ def supervise(config: Elastic, arguments: Sequence[str]) -> int:
         if job is not None:
             job.send_signal(passed_on(number))
 
-    if arguments and arguments[0].endswith(".py"):  # a script; what it sets by itself only it knows
+    if console.is_script(arguments):  # a script; what it sets by itself only it knows
         program, arguments = [arguments[0]], arguments[1:]
         shards = config.ranks or parse(arguments).shards or DEFAULTS["shards"]
     else:
@@ -185,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Supervise a run as ``argv`` says (the command line's if None). Returns its exit code."""
     console.prepare()
     args = list(sys.argv[1:] if argv is None else argv)
-    own, arguments = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+    own, arguments = console.parted(args)
     config = tyro.cli(Elastic, args=own, prog="cnnmpi.elastic", description=__doc__)
     try:
         if any(argument.split("=")[0] == "--resume" for argument in arguments):

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from cnnmpi import functional
+from cnnmpi.common.arrays import Array
 from cnnmpi.layers import Dropout, Layer
 from cnnmpi.rng import generator
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 TOLERANCE = 1e-7  # relative: the differences are off by some 1e-10, see _differences
 STEPS = 1e-5, 1e-6, 1e-7  # in units of the variable's size: a shorter one crosses fewer kinks, but is less exact

@@ -13,9 +13,9 @@ import numpy as np
 import tyro
 
 from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.common.arrays import Array, nchw
 from cnnmpi.console import command, complain, printable
 from cnnmpi.data import DataError, normalize
-from cnnmpi.data.dataset import Array, nchw
 from cnnmpi.data.images import fit, read_image
 from cnnmpi.distributed import UserError
 from cnnmpi.functional import softmax

@@ -16,7 +16,8 @@ import numpy as np
 import tyro
 
 from cnnmpi.checkpoint.atomic import CheckpointError
-from cnnmpi.checkpoint.format import Array, load, weights_digest
+from cnnmpi.checkpoint.format import load, weights_digest
+from cnnmpi.common.arrays import Array
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import UserError
 from cnnmpi.train.setup import load_trained

@@ -18,8 +18,8 @@ import numpy as np
 
 from cnnmpi.checkpoint.atomic import CheckpointError, write_atomically
 from cnnmpi.common import hdf5
+from cnnmpi.common.arrays import Array
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Attribute = str | int | float | bool | list[str] | list[float]
 
 FORMAT_VERSION = 2  # what is read; written is 1 where no attribute needs 2

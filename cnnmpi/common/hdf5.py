@@ -17,7 +17,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from cnnmpi.common.arrays import Array
+
 Read = Callable[[int, int], bytes]  # (offset in the file, number of bytes) -> as many of them as there are
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from cnnmpi.common.arrays import Array, nchw, nhwc
 from cnnmpi.common.text import printable
-from cnnmpi.data.dataset import Array, DataError, Dataset, nchw, nhwc
+from cnnmpi.data.dataset import DataError, Dataset
 from cnnmpi.data.pickled import read_pickle
 
 SHAPE = (3, 32, 32)  # each record: the red, the green and the blue plane, row by row

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from cnnmpi.data.dataset import Array, nchw, nhwc
+from cnnmpi.common.arrays import Array, nchw, nhwc
 
 
 def random_horizontal_flip(images: Array, flip: Array) -> Array:

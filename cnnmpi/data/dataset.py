@@ -3,13 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from cnnmpi.common.arrays import Array, nchw, nhwc
 
 BLOCK = 3 << 20  # bytes of images handled at a time, so that temporaries stay small
 SMALLEST_STD = 1e-3  # a quarter of a grey level; a constant channel is divided by this rather than by 0
@@ -66,13 +66,11 @@ class Dataset:
         if not self.classes or not all(isinstance(text, str) for text in (*self.classes, self.source, self.sha256)):
             raise DataError(f"{name}: classes must be names, at least one; source and sha256 texts")
         for part, images, labels in self._parts():
-            check_declared(f"{name}: {part}", images, labels)
+            check_declared(f"{name}: {part}", images, labels, len(self.classes))
             if labels.dtype not in (np.int64, np.float32):
                 raise DataError(f"{name}: {part} labels must be int64, or float32 (N, K), got {labels.dtype}")
             check_labels(f"{name}: {part}", labels, len(self.classes))
-        if self.train_labels.ndim != self.test_labels.ndim:
-            raise DataError(f"{name}: train and test must both have labels (N,), or both targets (N, K)")
-        check_same_image_shape(name, self.train_images, self.test_images)
+        check_alike(name, self._parts())
 
     def digest(self) -> str:
         """Return the sha256 of classes, shapes, pixels (N, H, W, C) and labels (little-endian)."""
@@ -111,16 +109,18 @@ def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return mean, tuple(max(value, SMALLEST_STD) for value in std)
 
 
-def check_declared(name: str, images: Any, labels: Any) -> None:
+def check_declared(name: str, images: Any, labels: Any, classes: int) -> None:
     """Raise DataError unless dtypes and shapes, of arrays or of what a file declares, fit uint8 images and labels."""
     if images.dtype != np.uint8:
         raise DataError(f"{name} images must be uint8, got {images.dtype}")
-    axes = {"i": 1, "u": 1, "f": 2}.get(labels.dtype.kind)
-    if axes is None:
-        raise DataError(f"{name} labels must be integers, or floats (N, K), got {labels.dtype}")
-    if len(images.shape) != 4 or len(labels.shape) != axes:
-        wanted = "labels (N,)" if axes == 1 else "targets (N, K)"
-        raise DataError(f"{name} needs images (N, C, H, W) and {wanted}, got {images.shape} and {labels.shape}")
+    if len(images.shape) != 4:
+        raise DataError(f"{name} needs images (N, C, H, W), got {images.shape}")
+    if len(labels.shape) != {"i": 1, "u": 1, "f": 2}.get(labels.dtype.kind):
+        raise DataError(
+            f"{name} labels must be integers (N,), or floats (N, K), got {labels.dtype} of shape {labels.shape}"
+        )
+    if len(labels.shape) == 2 and labels.shape[1] != classes:
+        raise DataError(f"{name} targets must be {classes} for each image, one for each class, got {labels.shape[1]}")
     if 0 in images.shape or 0 in labels.shape:
         raise DataError(f"{name} is empty: images {images.shape}, labels {labels.shape}")
     if images.shape[0] != labels.shape[0]:
@@ -136,27 +136,20 @@ def check_declared(name: str, images: Any, labels: Any) -> None:
 def check_labels(name: str, labels: Array, classes: int) -> None:
     """Raise DataError unless all ``labels`` lie in 0..classes - 1, or are finite numbers for each of the classes."""
     if labels.ndim == 2:
-        if labels.shape[1] != classes or not np.isfinite(labels).all():
-            raise DataError(f"{name} targets must be finite, {classes} for each image, got shape {labels.shape}")
+        if not np.isfinite(labels).all():
+            raise DataError(f"{name} targets must be finite")
     elif len(labels) and not 0 <= labels.min() <= labels.max() < classes:
         raise DataError(f"{name} labels must lie in 0..{classes - 1}, got {labels.min()}..{labels.max()}")
 
 
-def check_same_image_shape(name: str, train_images: Any, test_images: Any) -> None:
-    """Raise DataError if the images for training and testing differ in channels or size."""
-    train, test = tuple(train_images.shape[1:]), tuple(test_images.shape[1:])
-    if train != test:
-        raise DataError(f"{name}: train images are {train} but test images {test}")
-
-
-def nhwc(images: Array) -> Array:
-    """View (N, C, H, W) as a contiguous (N, H, W, C) array; copies only what is not channels-last in memory yet."""
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-
-
-def nchw(images: Array) -> Array:
-    """View (N, H, W, C) as (N, C, H, W), the shape that callers see."""
-    return images.transpose(0, 3, 1, 2)
+def check_alike(name: str, parts: Sequence[tuple[str, Any, Any]]) -> None:
+    """Raise DataError if the images for training and testing differ in channels or size, or the labels in kind."""
+    (_, *train), (_, *test) = parts
+    sizes = [tuple(images.shape[1:]) for images, _ in (train, test)]
+    if sizes[0] != sizes[1]:
+        raise DataError(f"{name}: train images are {sizes[0]} but test images {sizes[1]}")
+    if len(train[1].shape) != len(test[1].shape):
+        raise DataError(f"{name}: train and test must both have labels (N,), or both targets (N, K)")
 
 
 def part_of(count: int, index: int, parts: int) -> slice:

@@ -20,18 +20,17 @@ import h5py
 import numpy as np
 
 from cnnmpi.common import hdf5
+from cnnmpi.common.arrays import Array, nchw
 from cnnmpi.common.files import replacing
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import (
-    Array,
     DataError,
     Dataset,
     blocks,
+    check_alike,
     check_declared,
     check_labels,
-    check_same_image_shape,
     images_per_block,
-    nchw,
     part_of,
 )
 
@@ -78,14 +77,14 @@ def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty 
     path = Path(path)
     with _opened(path) as reader:
         classes, source, sha256 = _descriptions(path, reader)
-        pairs = []
+        parts = []
         for name in ("train", "test"):  # everything is checked before anything is allocated
             images, labels = _open(path, reader, f"{name}/images"), _open(path, reader, f"{name}/labels")
-            check_declared(f"{path}: {name}", images, labels)
-            pairs.append((images, labels))
-        check_same_image_shape(str(path), pairs[0][0], pairs[1][0])
+            check_declared(f"{path}: {name}", images, labels, len(classes))
+            parts.append((name, images, labels))
+        check_alike(str(path), parts)
         arrays: list[Array] = []
-        for (images, labels), name in zip(pairs, ("train", "test"), strict=True):
+        for name, images, labels in parts:
             arrays.append(_read_images(images, part, empty))
             arrays.append(_read_labels(f"{path}: {name}", labels, part, empty, len(classes)))
     return Dataset(arrays[0], arrays[1], arrays[2], arrays[3], classes, source, sha256)

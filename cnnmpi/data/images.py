@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cnnmpi.data.dataset import Array, DataError
+from cnnmpi.common.arrays import Array
+from cnnmpi.data.dataset import DataError
 
 RANGES = (1, 255, 65535)  # of numbers that say by no other way what white is
 

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from cnnmpi.common.arrays import Array, nchw, nhwc
 from cnnmpi.data.augment import cutout, normalize, random_crop, random_horizontal_flip, to_unit
-from cnnmpi.data.dataset import Array, DataError, nchw, nhwc, part_of
+from cnnmpi.data.dataset import DataError, part_of
 from cnnmpi.rng import generator
 from cnnmpi.sizes import whole
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.data.dataset import Array, Dataset, nchw
+from cnnmpi.common.arrays import Array, nchw
+from cnnmpi.data.dataset import Dataset
 from cnnmpi.rng import generator
 
 SIZE = 32

@@ -13,11 +13,11 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from cnnmpi.common.arrays import Array
 from cnnmpi.distributed.errors import DisagreementError, RemoteError, UserError, exit_code
 from cnnmpi.distributed.last_words import flush, in_time, wait_for_readers
 from cnnmpi.machine import allowance, cores_of, create_shared, free_mib, open_shared, shared_folders
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Result = TypeVar("Result")
 
 READ_S = 2.0  # how long a rank waits before it aborts until the launcher has read what it said

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from cnnmpi.common.arrays import Array
 from cnnmpi.distributed.errors import NotFiniteError
 from cnnmpi.distributed.ranks import Ranks
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Reducer:

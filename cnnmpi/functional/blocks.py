@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cnnmpi.common.arrays import Array as Array
+from cnnmpi.common.arrays import nchw as nchw
+from cnnmpi.common.arrays import nhwc as nhwc
 from cnnmpi.machine import one_blas_thread
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -150,16 +152,6 @@ def _taken_from(queue: deque[Item]) -> Iterator[Item]:
         except IndexError:
             return
         yield item
-
-
-def nhwc(x: Array) -> Array:
-    """View (N, C, H, W) as a contiguous (N, H, W, C) array; copies only what is not channels-last in memory yet."""
-    return np.ascontiguousarray(x.transpose(0, 2, 3, 1))
-
-
-def nchw(x: Array) -> Array:
-    """View (N, H, W, C) as (N, C, H, W), the shape that callers see."""
-    return x.transpose(0, 3, 1, 2)
 
 
 def wide_rows(x: Array, channels: int) -> Array:

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from cnnmpi.common.arrays import Array
 from cnnmpi.data import normalize
 from cnnmpi.distributed import Ranks
 from cnnmpi.models import Model
 from cnnmpi.train.measures import Loss, Measures, Metric
 from cnnmpi.train.team import Team
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 BATCH = 125  # images evaluated at a time, at most; with what follows, a function of shapes only: so are the bits
 BATCH_BYTES = 64 << 20  # of a batch's largest activation; a forward pass of a thread holds several of its size at once

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from cnnmpi.common.arrays import Array
 from cnnmpi.distributed import UserError
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Loss = Callable[..., tuple[float, Any]]  # loss(logits, targets, reduction="sum") -> (loss, dlogits)
 Metric = Callable[[Array, Array], tuple[float, float]]  # metric(logits, targets) -> (sum, count), of NumPy arrays
 

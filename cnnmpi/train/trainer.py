@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cnnmpi import checkpoint, optim
+from cnnmpi.common.arrays import Array
 from cnnmpi.data import DataLoader, Dataset
 from cnnmpi.distributed import NotFiniteError, Ranks, Reducer, UserError
 from cnnmpi.machine import one_blas_thread
@@ -30,7 +31,6 @@ from cnnmpi.train.state import Arrays, pack
 from cnnmpi.train.team import Team
 from cnnmpi.train.watchdog import Watchdog
 
-Array = np.ndarray[Any, np.dtype[Any]]
 STOPPED = 75  # exit code of a run that was asked to stop and saved (EX_TEMPFAIL of sysexits.h: try again later)
 MOST_SKIPPED = 20  # steps in a row that --on-nan skip leaves out before it gives up
 
