@@ -8,12 +8,12 @@ from cnnmpi.models import Model
 
 
 class Residual(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.shortcut = body, shortcut
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.body(x)
+        return self.shortcut(x) + self.body(x)
 
 
 class BatchNormReLU(nn.BatchNorm2d):
@@ -32,7 +32,8 @@ def torch_twin(model: Model) -> nn.Module:
 
 def convert(layer: L.Layer) -> nn.Module:
     if isinstance(layer, L.Conv2d):
-        return nn.Conv2d(layer.in_c, layer.out_c, layer.k, layer.stride, layer.padding, bias="bias" in layer.params)
+        options = {"dilation": layer.dilation, "groups": layer.groups, "bias": "bias" in layer.params}
+        return nn.Conv2d(layer.in_c, layer.out_c, layer.k, layer.stride, layer.padding, **options)
     if isinstance(layer, L.Whitening):
         whitening = nn.Conv2d(layer.in_c, layer.out_c, layer.k, padding=layer.padding, bias=False)
         whitening.weight.requires_grad_(False)
@@ -42,13 +43,12 @@ def convert(layer: L.Layer) -> nn.Module:
     if isinstance(layer, L.BatchNorm):
         return (BatchNormReLU if layer.relu else nn.BatchNorm2d)(layer.num_features, layer.eps, layer.momentum)
     if isinstance(layer, L.Residual):
-        assert isinstance(layer.shortcut, L.Identity)
-        return Residual(convert(layer.body))
+        return Residual(convert(layer.body), convert(layer.shortcut))
     if isinstance(layer, L.Sequential):
         return nn.Sequential(*map(convert, layer.layers))
     if isinstance(layer, L.MaxPool2d):
         return nn.MaxPool2d(layer.k, layer.stride, layer.padding)
     if isinstance(layer, L.GlobalAvgPool2d):
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    simple: dict[type[L.Layer], type[nn.Module]] = {L.ReLU: nn.ReLU, L.Flatten: nn.Flatten}
+    simple: dict[type[L.Layer], type[nn.Module]] = {L.ReLU: nn.ReLU, L.Flatten: nn.Flatten, L.Identity: nn.Identity}
     return simple[type(layer)]()

@@ -17,6 +17,7 @@ from cnnmpi.layers import (
     BatchNorm,
     Concat,
     Conv2d,
+    ConvTranspose2d,
     Dropout,
     Flatten,
     GlobalAvgPool2d,
@@ -33,8 +34,9 @@ from cnnmpi.layers import (
     SiLU,
     Softmax,
     Tanh,
+    Upsample,
 )
-from cnnmpi.models import Model, SimpleCNN, SmallResNet
+from cnnmpi.models import MobileNet, Model, ResNet18, SimpleCNN, SmallResNet
 from cnnmpi.optim import SGD, Adam, AdamW
 from cnnmpi.rng import first_draws
 from cnnmpi.train import Config, Trainer, fit, load_checkpoint, on_all_ranks, set_up
@@ -49,6 +51,7 @@ __all__ = [
     "Concat",
     "Config",
     "Conv2d",
+    "ConvTranspose2d",
     "DataLoader",
     "Dropout",
     "Flatten",
@@ -60,8 +63,10 @@ __all__ = [
     "LeakyReLU",
     "Linear",
     "MaxPool2d",
+    "MobileNet",
     "Model",
     "ReLU",
+    "ResNet18",
     "Residual",
     "Sequential",
     "SiLU",
@@ -71,6 +76,7 @@ __all__ = [
     "Softmax",
     "Tanh",
     "Trainer",
+    "Upsample",
     "binary_cross_entropy_loss",
     "check_gradients",
     "cross_entropy_loss",

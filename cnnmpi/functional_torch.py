@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cnnmpi.common.arguments import (
     check_choice,
-    check_groups,
     check_loss,
     check_range,
     check_smoothing,
@@ -24,7 +23,7 @@ from cnnmpi.common.arguments import (
     joined_shape,
     mean_divisor,
 )
-from cnnmpi.sizes import Size, pair
+from cnnmpi.sizes import Size, check_groups, conv_size, conv_transpose_size, pair, pool_size, upsampling, whole
 
 aten = torch.ops.aten
 NumpyArray = np.ndarray[Any, np.dtype[Any]]
@@ -125,17 +124,6 @@ def _channels_last(x: Tensor) -> Tensor:
 # -- convolution and the linear layer --------------------------------------------------------------------------------
 
 
-def _check_windows(x: Tensor, k: Size, stride: Size, padding: Size) -> None:
-    """Raise ValueError where not one window fits, or where the sizes make no sense."""
-    for size, window, step, border in zip(x.shape[2:], pair(k), pair(stride), pair(padding), strict=True):
-        if window < 1 or step < 1 or border < 0:
-            raise ValueError(f"kernel size {window} and stride {step} must be at least 1, padding {border} at least 0")
-        if size + 2 * border < window:
-            raise ValueError(
-                f"a kernel of size {window} does not fit into an input of size {size} with padding {border}"
-            )
-
-
 def conv2d(
     x: Tensor,
     W: Tensor,
@@ -143,26 +131,52 @@ def conv2d(
     *,
     stride: Size = 1,
     padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
     filters: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
-    """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo).
+    """Cross-correlate ``x`` (N, C, H, W) with the filters ``W`` (O, C / groups, kH, kW), add ``b`` (O,).
 
-    ``filters`` stays as it is: torch's kernels take W itself.
+    Returns y (N, O, Ho, Wo). ``filters`` stays as it is: torch's kernels take W itself.
     """
-    _check_windows(x, (W.shape[2], W.shape[3]), stride, padding)
+    groups = whole("groups", groups)
+    conv_size(x.shape, W.shape, stride, padding, dilation, groups)
     x, W = _channels_last(x), _channels_last(W)
-    y = _channels_last(torch.conv2d(x, W, b, pair(stride), pair(padding)))
-    return y, (x, W, b is not None, pair(stride), pair(padding))
+    options = pair(stride), pair(padding), pair(dilation), False, (0, 0), groups
+    return _channels_last(torch.convolution(x, W, b, *options)), (x, W, b, options)
+
+
+def conv_transpose2d(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+) -> tuple[Tensor, Any]:
+    """Spread ``x`` (N, C, H, W) by the filters ``W`` (C, O / groups, kH, kW), add ``b`` (O,): y (N, O, Ho, Wo).
+
+    This is the transpose of conv2d (see ``cnnmpi.functional.conv_transpose2d``).
+    """
+    groups = whole("groups", groups)
+    conv_transpose_size(x.shape, W.shape, stride, padding, output_padding, dilation, groups)
+    x, W = _channels_last(x), _channels_last(W)
+    options = pair(stride), pair(padding), pair(dilation), True, pair(output_padding), groups
+    return _channels_last(torch.convolution(x, W, b, *options)), (x, W, b, options)
 
 
 def conv2d_backward(dy: Tensor, cache: Any, *, input_grad: bool = True) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo); dx is None unless ``input_grad``, db None without a bias."""
-    x, W, has_bias, stride, padding = cache
-    wanted = (input_grad, True, has_bias)
-    dx, dW, db = aten.convolution_backward(
-        _channels_last(dy), x, W, [len(W)], stride, padding, (1, 1), False, (0, 0), 1, wanted
-    )
+    x, W, b, options = cache
+    wanted = (input_grad, True, b is not None)
+    dx, dW, db = aten.convolution_backward(_channels_last(dy), x, W, [dy.shape[1]], *options, wanted)
     return dx, dW, db
+
+
+conv_transpose2d_backward = conv2d_backward
 
 
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -439,7 +453,7 @@ def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, *, num_groups: int, eps: 
     Options and errors are those of ``cnnmpi.functional.group_norm``.
     """
     N, C = x.shape[:2]
-    check_groups("group_norm", C, num_groups)
+    check_groups("group_norm", num_groups, C)
     x, sizes = _channels_last(x), (N, C, math.prod(x.shape[2:]), num_groups)
     y, mean, inv_std = aten.native_group_norm(x, gamma, beta, *sizes, eps)
     return _channels_last(y), (x, mean, inv_std, gamma, *sizes)
@@ -457,11 +471,8 @@ def group_norm_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor]
 def _pool_options(x: Tensor, k: Size, stride: Size | None, padding: Size) -> tuple[tuple[int, int], ...]:
     """Return kernel size, stride and padding as pairs. Raises ValueError for what does not fit."""
     stride = k if stride is None else stride
-    (kH, kW), (pH, pW) = pair(k), pair(padding)
-    if 2 * pH > kH or 2 * pW > kW:
-        raise ValueError(f"a pool's padding {padding} must be at most half of its kernel size {k}")
-    _check_windows(x, k, stride, padding)
-    return (kH, kW), pair(stride), (pH, pW)
+    pool_size(x.shape[2:], k, stride, padding)
+    return pair(k), pair(stride), pair(padding)
 
 
 def max_pool2d(x: Tensor, k: Size, *, stride: Size | None = None, padding: Size = 0) -> tuple[Tensor, Any]:
@@ -491,6 +502,18 @@ def avg_pool2d_backward(dy: Tensor, cache: Any) -> Tensor:
     x, options = cache
     dx: Tensor = aten.avg_pool2d_backward(_channels_last(dy), x, *options, False, True, None)
     return dx
+
+
+def upsample_nearest2d(x: Tensor, scale: Size) -> tuple[Tensor, Any]:
+    """Return ``x`` (N, C, H, W) with each pixel repeated: y (N, C, scale H, scale W)."""
+    sH, sW = upsampling(scale)
+    size = [x.shape[2] * sH, x.shape[3] * sW]
+    return _channels_last(aten.upsample_nearest2d(_channels_last(x), size)), (size, list(x.shape))
+
+
+def upsample_nearest2d_backward(dy: Tensor, cache: Any) -> Tensor:
+    """Return dx: each pixel receives the sum over its copies."""
+    return _channels_last(aten.upsample_nearest2d_backward(_channels_last(dy), *cache))
 
 
 def global_avg_pool2d(x: Tensor) -> tuple[Tensor, Any]:

@@ -1,128 +1,138 @@
-"""Convolutions: the operations and the layers."""
+"""Convolutions in groups, dilated and transposed, and upsampling: against torch.nn on random shapes, both engines."""
 
 import copy
-import pickle
-import threading
-from unittest import mock
+import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import cnnmpi
 from cnnmpi import functional
 from cnnmpi import layers as L
-from cnnmpi.functional import winograd
-from cnnmpi.train.team import Team
-from tests.twins import Wrapped, rng
+from cnnmpi.functional import depthwise
+from tests.twins import DTYPES, SIZES, SWEEP, Wrapped, check, rng, torch
+
+nn = torch.nn
+ENGINES = st.sampled_from(["numpy", "torch"])
 
 
-def gradients_by(W: np.ndarray, filters: dict[str, np.ndarray] | None) -> np.ndarray:
-    """The sum of what forward and backward return, so that it depends on the transforms of both."""
-    y, cache = functional.conv2d(rng(0).standard_normal((2, 8, 8, 8)), W, padding=1, filters=filters)
-    return y + functional.conv2d_backward(y, cache)[0]
+def fits(size: int, k: int, padding: int, dilation: int) -> bool:
+    return size + 2 * padding >= dilation * (k - 1) + 1
 
 
-# -- what is derived from filters -------------------------------------------------------------------------------------
+@SWEEP
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), SIZES, SIZES, st.integers(1, 4),
+       st.integers(1, 3), st.integers(0, 3), st.integers(1, 3), st.booleans(), DTYPES, ENGINES)  # fmt: skip
+def test_conv2d_in_groups(n, groups, in_each, out_each, h, w, k, stride, padding, dilation, bias, dtype, engine):
+    if not (fits(h, k, padding, dilation) and fits(w, k, padding, dilation)):
+        return
+    in_c, out_c = groups * in_each, groups * out_each
+    options = {"groups": groups, "dilation": dilation}
+    layer = L.Conv2d(in_c, out_c, k, stride, padding, bias, **options, rng=rng(0), dtype=dtype)
+    x = rng(1).standard_normal((n, in_c, h, w)).astype(dtype)
+    check(layer, nn.Conv2d(in_c, out_c, k, stride, padding, bias=bias, **options), x, engine=engine)
 
 
-def test_what_is_derived_from_filters_is_kept_where_the_caller_says():
-    W, filters = rng(1).standard_normal((8, 8, 3, 3)), {}
-    before = gradients_by(W, None)
-    np.testing.assert_array_equal(gradients_by(W, filters), before)
-    assert len(filters) == 2  # forward's and backward's
-    with mock.patch.object(winograd, "_transform_filters", side_effect=AssertionError("transformed again")):
-        np.testing.assert_array_equal(gradients_by(W, filters), before)
-    W *= 2
-    np.testing.assert_array_equal(gradients_by(W, {}), gradients_by(W, None))
-    assert np.abs(gradients_by(W, None) - before).max() > 0.1
+@SWEEP
+@given(st.integers(1, 3), st.integers(2, 40), SIZES, SIZES, st.tuples(st.integers(1, 4), st.integers(1, 4)),
+       st.tuples(st.integers(1, 3), st.integers(1, 3)), st.tuples(st.integers(0, 3), st.integers(0, 3)),
+       st.tuples(st.integers(1, 2), st.integers(1, 2)), st.booleans(), DTYPES, ENGINES)  # fmt: skip
+def test_depthwise_conv2d(n, channels, h, w, k, stride, padding, dilation, bias, dtype, engine):
+    sizes = itertools.starmap(fits, zip((h, w), k, padding, dilation, strict=True))
+    if not all(sizes):
+        return
+    options = {"groups": channels, "dilation": dilation}
+    layer = L.Conv2d(channels, channels, k, stride, padding, bias, **options, rng=rng(0), dtype=dtype)
+    x = rng(1).standard_normal((n, channels, h, w)).astype(dtype)
+    check(layer, nn.Conv2d(channels, channels, k, stride, padding, bias=bias, **options), x, engine=engine)
 
 
-class Two(L.Layer):
-    """Two convolutions of the same sizes, which must not be taken for each other."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = L.Conv2d(8, 8, 3, padding=1, rng=rng(0)), L.Whitening(8, 8)
-
-    def forward(self, x):
-        return self.second.forward(self.first.forward(x))
-
-
-def two() -> Wrapped:
-    return Wrapped(Two())
-
-
-def test_the_models_of_a_team_transform_each_filter_once_in_a_map_or_an_evaluation():
-    x = rng(1).standard_normal((2, 8, 8, 8)).astype(np.float32)
-    team, calls = Team([two(), two()]), []
-    transform, expected = winograd._transform_filters, two().forward(x)
-    one_at_a_time = threading.Lock()  # threads that come at once may both transform
-
-    def counting(taps: np.ndarray) -> np.ndarray:
-        calls.append(taps)
-        return transform(taps)
-
-    def body(model, _):
-        with one_at_a_time:
-            np.testing.assert_array_equal(model.forward(x), expected)
-
-    with mock.patch.object(winograd, "_transform_filters", counting):
-        team.map(body, range(6))
-        assert len(calls) == 2
-        team.map(body, range(6))  # the next step, for which the optimizer changed the weights
-        assert len(calls) == 4
-        with team.evaluating():
-            team.map(body, range(6))
-            team.map(body, range(6))
-        assert len(calls) == 6
-    convolutions = [layer for model in team.models for _, layer in model.walk() if isinstance(layer, L.Convolution)]
-    assert len(convolutions) == 4 and all(layer.filters is None for layer in convolutions)
+@SWEEP
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(2, 7), st.integers(2, 7),
+       st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.integers(0, 2), st.integers(1, 2), st.booleans(),
+       DTYPES, ENGINES)  # fmt: skip
+def test_conv_transpose2d(n, groups, in_each, out_each, h, w, k, stride, padding, more, dilation, bias, dtype, engine):
+    more = min(more, max(stride, dilation) - 1)
+    smallest = (min(h, w) - 1) * stride + dilation * (k - 1) + 1 + more - 2 * padding
+    if smallest < 1:
+        return
+    in_c, out_c = groups * in_each, groups * out_each
+    options = {"groups": groups, "dilation": dilation}
+    layer = L.ConvTranspose2d(in_c, out_c, k, stride, padding, more, bias, **options, rng=rng(0), dtype=dtype)
+    x = rng(1).standard_normal((n, in_c, h, w)).astype(dtype)
+    check(layer, nn.ConvTranspose2d(in_c, out_c, k, stride, padding, more, bias=bias, **options), x, engine=engine)
 
 
-def test_a_team_sees_weights_that_changed_between_two_maps_also_after_a_failure():
-    x, team = rng(1).standard_normal((2, 8, 8, 8)).astype(np.float32), Team([two()])
-
-    def fail(model, _):
-        model.forward(x)
-        raise ValueError("on purpose")
-
-    with pytest.raises(ValueError, match="on purpose"):
-        team.map(fail, range(1))
-    before = team.models[0].forward(x)
-    for param, _ in team.models[0].parameters():
-        param *= 2
-    (after,) = team.map(lambda model, _: model.forward(x), range(1))
-    np.testing.assert_allclose(after, 2 * before, rtol=1e-5, atol=1e-5)  # biases are 0; float32
+@SWEEP
+@given(st.integers(1, 3), st.integers(1, 4), SIZES, SIZES, st.integers(1, 4), st.integers(1, 4), DTYPES, ENGINES)
+def test_upsample(n, channels, h, w, tall, wide, dtype, engine):
+    x = rng(1).standard_normal((n, channels, h, w)).astype(dtype)
+    check(L.Upsample((tall, wide)), nn.Upsample(scale_factor=(tall, wide)), x, engine=engine)
 
 
-@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_of_a_convolution_begin_without_what_was_derived(how):
-    for layer in (L.Conv2d(8, 8, 3, padding=1), L.Whitening(8, 8)):
-        layer.filters = {}
-        layer.forward(np.ones((1, 8, 8, 8), np.float32))
-        assert layer.filters and how(layer).filters is None
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_no_number_of_threads_changes_a_bit(groups):
+    """64 images, so that they are cut into several blocks."""
+    x = rng(1).standard_normal((64, 16, 32, 32)).astype(np.float32)
+    W = rng(2).standard_normal((16, 16 // groups, 3, 3)).astype(np.float32)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            functional.set_threads(threads)
+            y, cache = functional.conv2d(x, W, None, padding=1, groups=groups, stride=2)
+            results.append([y, *functional.conv2d_backward(y, cache)[:2]])
+    finally:
+        functional.set_threads(1)
+    for result in results[1:]:
+        assert all(np.array_equal(one, other) for one, other in zip(results[0], result, strict=True))
 
 
-@pytest.mark.parametrize("move", ["to_torch", "to_numpy", "astype"])
-def test_a_convolution_that_moves_drops_what_was_derived(move):
-    if move == "to_torch":
-        pytest.importorskip("torch")
-    model = Wrapped(L.Conv2d(8, 8, 3, padding=1))
-    model.layer.filters = {}
-    model.forward(np.ones((1, 8, 8, 8), np.float32))
-    assert model.layer.filters
-    getattr(model, move)(*([np.float64] if move == "astype" else []))
-    assert model.layer.filters is None
+def test_a_filter_a_channel_goes_its_own_way():
+    for shape, groups, own in [((4, 1, 3, 3), 4, True), ((8, 1, 3, 3), 4, False), ((4, 2, 3, 3), 2, False)]:
+        assert depthwise.suits(np.zeros(shape), groups) == own
+    assert not depthwise.suits(np.zeros((1, 1, 3, 3)), 1), "one channel is an ordinary convolution"
 
 
-def test_layers_can_be_walked_while_another_thread_keeps_what_it_derived():
-    layer = L.Conv2d(8, 8, 3)
+def test_copies_and_names_are_whole():
+    layer = L.Conv2d(4, 6, 3, groups=2, dilation=(1, 2))
+    assert repr(layer) == "Conv2d(4, 6, 3, stride=1, padding=0, dilation=(1, 2), groups=2)"
+    x = rng(0).standard_normal((2, 4, 7, 7)).astype(np.float32)
+    assert np.array_equal(copy.deepcopy(layer).forward(x), layer.forward(x))
+    up = L.ConvTranspose2d(4, 6, 2, 2, output_padding=1)
+    assert "output_padding=1" in repr(up) and repr(L.Upsample(2)) == "Upsample(2)"
 
-    class Adds:
-        @property
-        def __class__(self):  # asked for by the walk, which looks whether this is a layer
-            layer.filters[str(len(layer.filters))] = None
-            return object
 
-    layer.filters = {"forward": Adds(), "backward": Adds()}
-    assert [at for at, _ in layer.walk()] == [""]
-    assert len(layer.filters) > 2
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: L.Conv2d(4, 6, 3, groups=3), "Conv2d: 4 channels cannot be shared out to 3 groups"),
+        (lambda: L.Conv2d(4, 6, 3, groups=4), "Conv2d: 6 channels cannot be shared out to 4 groups"),
+        (lambda: L.Conv2d(4, 4, 3, groups=0), "cannot be shared out to 0 groups"),
+        (lambda: L.Conv2d(4, 4, 3, groups=1.5), "Conv2d: groups must be a whole number, got 1.5"),
+        (lambda: L.Conv2d(4, 4, 3, dilation=0), "Conv2d: dilation 0 must be at least 1"),
+        (lambda: L.Conv2d(4, 4, 3, stride=(1, 0)), r"Conv2d: stride \(1, 0\) must be at least 1"),
+        (lambda: L.Conv2d(4, 4, 3, padding=-1), "Conv2d: padding -1 must be at least 0"),
+        (lambda: L.ConvTranspose2d(4, 6, 3, groups=4), "ConvTranspose2d: 6 channels cannot be shared out"),
+        (lambda: L.Upsample(0), "Upsample: scale_factor 0 must be at least 1"),
+        (lambda: L.Upsample(1.5), "whole number"),
+        (lambda: L.Conv2d(4, 4, 3, dilation=4), r"kernel of size 3 and dilation 4 does not fit into .* size 7"),
+        (lambda: L.ConvTranspose2d(4, 4, 3, 2, output_padding=2), "output_padding 2 must be .* below stride 2"),
+        (lambda: L.ConvTranspose2d(4, 4, 1, padding=4), "padding 4 leaves nothing of the output"),
+        (lambda: L.Conv2d(5, 4, 3), r"expected an input of shape \(N, 5, H, W\)"),
+    ],
+)
+def test_what_cannot_be_is_one_line(make, message, engine):
+    with pytest.raises(ValueError, match=message) as error:
+        layer = make()
+        model = Wrapped(layer)
+        if engine == "torch":
+            model.to_torch()
+        model.forward(model.as_array(np.zeros((1, 4, 7, 7), np.float32)))
+    assert "\n" not in str(error.value)
+
+
+def test_public_names():
+    assert {"ConvTranspose2d", "Upsample"} <= set(cnnmpi.__all__)

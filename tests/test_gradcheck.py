@@ -10,39 +10,8 @@ import pytest
 import cnnmpi
 from cnnmpi import functional
 from cnnmpi import layers as L
+from tests.every_layer import LAYERS
 from tests.test_functional import needs_torch
-
-LAYERS = [
-    (L.Conv2d(2, 3, 3, padding=1), (2, 2, 6, 6)),
-    (L.Conv2d(2, 3, (3, 2), stride=2, bias=False), (2, 2, 7, 7)),
-    (L.Conv2d(16, 16, 3, padding=1), (1, 16, 6, 6)),  # Winograd's way
-    (L.Linear(4, 3), (2, 4)),
-    (L.Linear(4, 3, bias=False), (2, 4)),
-    (L.BatchNorm(2), (3, 2, 4, 4)),
-    (L.BatchNorm(2), (5, 2)),
-    (L.BatchNorm(2, relu=True), (3, 2, 4, 4)),
-    (L.GroupNorm(2, 6), (2, 6, 3, 4)),
-    (L.GroupNorm(2, 6), (3, 6)),
-    (L.MaxPool2d(3, stride=2, padding=1), (2, 2, 6, 6)),
-    (L.AvgPool2d(3, stride=2, padding=1), (2, 2, 6, 6)),
-    (L.GlobalAvgPool2d(), (2, 2, 6, 6)),
-    (L.ReLU(), (2, 2, 6, 6)),
-    (L.LeakyReLU(0.2), (2, 2, 6, 6)),
-    (L.SiLU(), (2, 2, 6, 6)),
-    (L.GELU(), (2, 2, 6, 6)),
-    (L.GELU("tanh"), (2, 6)),
-    (L.Sigmoid(), (2, 2, 6, 6)),
-    (L.Tanh(), (2, 6)),
-    (L.Dropout(0.5), (2, 6)),
-    (L.Flatten(), (2, 2, 3, 3)),
-    (L.Softmax(), (2, 5)),
-    (L.Whitening(2, 6), (2, 2, 6, 6)),
-    (L.Identity(), (2, 3)),
-    (L.Concat(L.Identity(), L.Conv2d(2, 3, 3, padding=1)), (2, 2, 4, 5)),
-    (L.Concat(L.Linear(3, 2), L.Identity(), L.Linear(3, 1)), (2, 3)),
-    (L.Sequential(L.Linear(3, 4), L.ReLU(), L.Linear(4, 2)), (2, 3)),
-    (L.Residual(L.Sequential(L.Conv2d(2, 2, 3, padding=1), L.ReLU())), (2, 2, 6, 6)),
-]
 
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import cnnmpi
 from cnnmpi import layers as L
+from tests.every_layer import LAYERS
 from tests.twins import ATOL, DTYPES, SIZES, SWEEP, Wrapped, check, rng, torch
 
 nn = torch.nn
@@ -240,37 +241,7 @@ def test_dropout_keeps_the_expectation_and_masks_the_gradient_alike():
     np.testing.assert_array_equal(layer.backward(x), x)
 
 
-ALL_LAYERS = [
-    (L.Conv2d(2, 3, 3, padding=1), (2, 2, 6, 6)),
-    (L.Conv2d(2, 3, 3, stride=2), (2, 2, 7, 7)),
-    (L.Linear(4, 3), (2, 4)),
-    (L.BatchNorm(2), (3, 2, 4, 4)),
-    (L.BatchNorm(2, relu=True), (3, 2, 4, 4)),
-    (L.GroupNorm(2, 6), (2, 6, 3, 4)),
-    (L.GroupNorm(2, 6), (3, 6)),
-    (L.MaxPool2d(2), (2, 2, 6, 6)),
-    (L.AvgPool2d(2), (2, 2, 6, 6)),
-    (L.GlobalAvgPool2d(), (2, 2, 6, 6)),
-    (L.ReLU(), (2, 2, 6, 6)),
-    (L.LeakyReLU(0.2), (2, 2, 6, 6)),
-    (L.SiLU(), (2, 2, 6, 6)),
-    (L.GELU(), (2, 2, 6, 6)),
-    (L.GELU("tanh"), (2, 6)),
-    (L.Sigmoid(), (2, 2, 6, 6)),
-    (L.Tanh(), (2, 6)),
-    (L.Dropout(0.5), (2, 6)),
-    (L.Flatten(), (2, 2, 3, 3)),
-    (L.Softmax(), (2, 5)),
-    (L.Whitening(2, 6), (2, 2, 6, 6)),
-    (L.Residual(L.Sequential(L.Conv2d(2, 2, 3, padding=1), L.ReLU())), (2, 2, 6, 6)),
-    (L.Identity(), (2, 3)),
-    (L.Concat(L.Identity(), L.Conv2d(2, 3, 3, padding=1)), (2, 2, 4, 5)),
-    (L.Concat(L.Linear(3, 2), L.Identity(), L.Linear(3, 1)), (2, 3)),
-    (L.Dropout(0.0), (2, 3)),
-]
-
-
-@pytest.mark.parametrize("layer, shape", ALL_LAYERS, ids=[type(layer).__name__ for layer, _ in ALL_LAYERS])
+@pytest.mark.parametrize("layer, shape", LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS])
 def test_no_layer_writes_into_its_input_or_its_dout(layer, shape):
     x = rng(0).standard_normal(shape).astype(np.float32)
     x.flags.writeable = False
@@ -279,7 +250,7 @@ def test_no_layer_writes_into_its_input_or_its_dout(layer, shape):
     layer.backward(dout)
 
 
-@pytest.mark.parametrize("layer, shape", ALL_LAYERS, ids=[type(layer).__name__ for layer, _ in ALL_LAYERS])
+@pytest.mark.parametrize("layer, shape", LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS])
 def test_backward_needs_a_forward_of_its_own(layer, shape):
     x = rng(0).standard_normal(shape).astype(np.float32)
     dout = layer.forward(x)
@@ -289,7 +260,7 @@ def test_backward_needs_a_forward_of_its_own(layer, shape):
 
 
 @pytest.mark.parametrize("engine", ["numpy", "torch"])
-@pytest.mark.parametrize("layer, shape", ALL_LAYERS, ids=[type(layer).__name__ for layer, _ in ALL_LAYERS])
+@pytest.mark.parametrize("layer, shape", LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS])
 def test_backward_refuses_a_dout_of_another_shape_than_the_output(layer, shape, engine):
     model = Wrapped(copy.deepcopy(layer))
     if engine == "torch":
@@ -305,7 +276,7 @@ def test_backward_refuses_a_dout_of_another_shape_than_the_output(layer, shape, 
 
 
 @pytest.mark.parametrize("engine", ["numpy", "torch"])
-@pytest.mark.parametrize("layer, shape", ALL_LAYERS, ids=[type(layer).__name__ for layer, _ in ALL_LAYERS])
+@pytest.mark.parametrize("layer, shape", LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS])
 def test_an_output_changed_in_place_is_refused_or_harmless(layer, shape, engine):
     model = Wrapped(copy.deepcopy(layer))
     if engine == "torch":

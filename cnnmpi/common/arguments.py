@@ -11,12 +11,6 @@ def check_choice(op: str, what: str, value: Any, *choices: str) -> None:
         raise ValueError(f"{op}: {what} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_groups(op: str, channels: int, groups: int) -> None:
-    """Raise ValueError unless ``channels`` can be shared out to ``groups``, equally many each."""
-    if groups < 1 or channels < 1 or channels % groups:
-        raise ValueError(f"{op}: {channels} channels cannot be shared out to {groups} groups, equally many each")
-
-
 def joined_shape(op: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """Return the shape of arrays (N, C, ...) of these ``shapes`` side by side along the channels.
 

@@ -40,7 +40,16 @@ from cnnmpi.functional.arrays import (
     to_numpy,
 )
 from cnnmpi.functional.blocks import set_threads
-from cnnmpi.functional.conv import col2im, conv2d, conv2d_backward, im2col, linear, linear_backward
+from cnnmpi.functional.conv import (
+    col2im,
+    conv2d,
+    conv2d_backward,
+    conv_transpose2d,
+    conv_transpose2d_backward,
+    im2col,
+    linear,
+    linear_backward,
+)
 from cnnmpi.functional.init import kaiming_normal, kaiming_uniform, whitening, xavier_normal, xavier_uniform
 from cnnmpi.functional.loss import binary_cross_entropy_loss, cross_entropy_loss, mse_loss
 from cnnmpi.functional.metrics import accuracy, label_accuracy, top5_accuracy
@@ -52,6 +61,8 @@ from cnnmpi.functional.pool import (
     global_avg_pool2d_backward,
     max_pool2d,
     max_pool2d_backward,
+    upsample_nearest2d,
+    upsample_nearest2d_backward,
 )
 
 __all__ = [
@@ -69,6 +80,8 @@ __all__ = [
     "concat",
     "conv2d",
     "conv2d_backward",
+    "conv_transpose2d",
+    "conv_transpose2d_backward",
     "copy_into",
     "cross_entropy_loss",
     "dropout",
@@ -110,6 +123,8 @@ __all__ = [
     "tanh_backward",
     "to_numpy",
     "top5_accuracy",
+    "upsample_nearest2d",
+    "upsample_nearest2d_backward",
     "whitening",
     "xavier_normal",
     "xavier_uniform",

@@ -154,6 +154,19 @@ def _taken_from(queue: deque[Item]) -> Iterator[Item]:
         yield item
 
 
+def pad(x: Array, padding: tuple[int, int], value: float = 0.0) -> Array:
+    """Return channels-last ``x`` (n, H, W, C) with a border of ``value``; ``x`` itself where there is none."""
+    pH, pW = padding
+    if not (pH or pW):
+        return x
+    n, H, W, C = x.shape
+    padded = np.empty((n, H + 2 * pH, W + 2 * pW, C), x.dtype)
+    padded[:, :pH], padded[:, pH + H :] = value, value
+    padded[:, :, :pW], padded[:, :, pW + W :] = value, value
+    padded[:, pH : pH + H, pW : pW + W] = x
+    return padded
+
+
 def wide_rows(x: Array, channels: int) -> Array:
     """View contiguous channels-last ``x`` as rows of equally many positions: as many as can be up to WIDE numbers."""
     positions = x.size // channels

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.common.arguments import check_groups
 from cnnmpi.functional.blocks import (
     Array,
     column_sums,
@@ -19,6 +18,7 @@ from cnnmpi.functional.blocks import (
     wide_rows,
 )
 from cnnmpi.machine import one_blas_thread
+from cnnmpi.sizes import check_groups
 
 
 def _rows(x: Array) -> Array:
@@ -169,7 +169,7 @@ def group_norm(x: Array, gamma: Array, beta: Array, *, num_groups: int, eps: flo
     multiple of ``num_groups``.
     """
     N, C = x.shape[:2]
-    check_groups("group_norm", C, num_groups)
+    check_groups("group_norm", num_groups, C)
     rows = image_rows(x)
     y = np.empty_like(rows)
     count = x[:1].size // num_groups  # of values that share their statistics; 0 for no images

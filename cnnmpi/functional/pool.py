@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc
-from cnnmpi.functional.conv import Size, out_size, pad, pair
+from cnnmpi.functional.blocks import Array, for_each_block, nchw, nhwc, pad
+from cnnmpi.sizes import Size, out_size, pair, pool_size, upsampling
 
 
 def _corners(padded: Array, k: Size, stride: Size) -> Iterator[Array]:
     """Yield, for each place (i, j) in a window, the view (n, Ho, Wo, C) of what stands there in every window."""
     (kH, kW), (sH, sW) = pair(k), pair(stride)
-    Ho, Wo = out_size(padded.shape[1], kH, sH, 0), out_size(padded.shape[2], kW, sW, 0)
+    Ho, Wo = out_size(padded.shape[1:3], k, stride, 0)
     for i in range(kH):
         for j in range(kW):
             yield padded[:, i : i + sH * Ho : sH, j : j + sW * Wo : sW]
@@ -20,11 +20,8 @@ def _corners(padded: Array, k: Size, stride: Size) -> Iterator[Array]:
 
 def _pooled_shape(x: Array, k: Size, stride: Size, padding: Size) -> tuple[int, int, int, int]:
     """Return the channels-last shape (N, Ho, Wo, C) of the windows over ``x`` (N, C, H, W)."""
-    (kH, kW), (sH, sW), (pH, pW) = pair(k), pair(stride), pair(padding)
-    if 2 * pH > kH or 2 * pW > kW:
-        raise ValueError(f"a pool's padding {padding} must be at most half of its kernel size {k}")
     N, C, H, W = x.shape
-    return N, out_size(H, kH, sH, pH), out_size(W, kW, sW, pW), C
+    return N, *pool_size((H, W), k, stride, padding), C
 
 
 def _inside(padded: Array, padding: Size) -> Array:
@@ -110,6 +107,30 @@ def avg_pool2d_backward(dy: Array, cache: Any) -> Array:
         dx[block] = _inside(dpadded, padding)
 
     for_each_block(spread, N, dx[:1].nbytes)
+    return nchw(dx)
+
+
+def upsample_nearest2d(x: Array, scale: Size) -> tuple[Array, Any]:
+    """Return ``x`` (N, C, H, W) with each pixel repeated: y (N, C, scale H, scale W).
+
+    ``scale`` is one whole number or (height, width), at least 1; ValueError for others.
+    """
+    sH, sW = upsampling(scale)
+    rows = nhwc(x)
+    N, H, W, C = rows.shape
+    y = np.empty((N, H, sH, W, sW, C), x.dtype)
+    for_each_block(lambda block: np.copyto(y[block], rows[block, :, None, :, None]), N, y[:1].nbytes)
+    return nchw(y.reshape(N, H * sH, W * sW, C)), (sH, sW)
+
+
+def upsample_nearest2d_backward(dy: Array, cache: Any) -> Array:
+    """Return dx: each pixel receives the sum over its copies."""
+    sH, sW = cache
+    rows = nhwc(dy)
+    N, H, W, C = rows.shape
+    copies = rows.reshape(N, H // sH, sH, W // sW, sW, C)
+    dx = np.empty((N, H // sH, W // sW, C), dy.dtype)
+    for_each_block(lambda block: np.sum(copies[block], axis=(2, 4), out=dx[block]), N, rows[:1].nbytes)
     return nchw(dx)
 
 

@@ -50,12 +50,13 @@ def _cook_toom(points: tuple[float, ...]) -> tuple[Array, Array, Array]:
 AT, BT, G = _cook_toom(POINTS)
 
 
-def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
+def suits(x: Array, W: Array, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]) -> bool:
     """Say whether this way is the faster one: by shapes only, so that the bits of a result do not depend on timing."""
     O, C, kH, kW = W.shape
     H, width = x.shape[2:]
     filled = H * width >= LEAST_FILLED * _whole(H) * _whole(width)
-    return (kH, kW, *stride) == (3, 3, 1, 1) and padding == (1, 1) and filled and min(C, O) >= LEAST_CHANNELS
+    usual = (kH, kW, *stride) == (3, 3, 1, 1) and padding == dilation == (1, 1)
+    return usual and filled and min(C, O) >= LEAST_CHANNELS
 
 
 def _whole(size: int) -> int:

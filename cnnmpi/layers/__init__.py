@@ -6,7 +6,7 @@ A layer computes with the module ``F``: ``cnnmpi.functional`` (NumPy) or, after 
 
 from cnnmpi.layers.base import Array, Layer, Pair
 from cnnmpi.layers.containers import Concat, Identity, Residual, Sequential
-from cnnmpi.layers.convolution import Conv2d, Convolution, Whitening
+from cnnmpi.layers.convolution import Conv2d, Convolution, ConvTranspose2d, Whitening
 from cnnmpi.layers.fixed import (
     GELU,
     AvgPool2d,
@@ -20,6 +20,7 @@ from cnnmpi.layers.fixed import (
     SiLU,
     Softmax,
     Tanh,
+    Upsample,
 )
 from cnnmpi.layers.learned import BatchNorm, GroupNorm, Linear
 
@@ -30,6 +31,7 @@ __all__ = [
     "BatchNorm",
     "Concat",
     "Conv2d",
+    "ConvTranspose2d",
     "Convolution",
     "Dropout",
     "Flatten",
@@ -48,5 +50,6 @@ __all__ = [
     "Sigmoid",
     "Softmax",
     "Tanh",
+    "Upsample",
     "Whitening",
 ]

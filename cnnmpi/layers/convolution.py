@@ -1,5 +1,6 @@
-"""The convolutions: one that learns, and one that whitens images."""
+"""The convolutions: those that learn, and one that whitens images."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from cnnmpi import functional
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.rng import for_first_draws
-from cnnmpi.sizes import Size, pair, whole
+from cnnmpi.sizes import Size, check_groups, check_windows, pair, whole
 
 
 class Convolution(Layer):
@@ -29,11 +30,59 @@ class Convolution(Layer):
         return super().__getstate__() | {"filters": None}
 
 
-class Conv2d(Convolution):
-    """2-D convolution: (N, in_c, H, W) -> (N, out_c, Ho, Wo). Weight (out_c, in_c, kH, kW), bias (out_c,).
+class _Learned(Convolution):
+    """What the convolutions that learn share."""
 
-    ``k``, ``stride`` and ``padding`` are one number or (height, width). Weights start by Kaiming's normal
-    initialisation from ``rng`` (see ``rng.first_draws`` if None), biases at 0.
+    def __init__(
+        self, in_c: int, out_c: int, k: Size, stride: Size, padding: Size, groups: int, dilation: Size
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.in_c, self.out_c = whole(f"{name}: in_c", in_c), whole(f"{name}: out_c", out_c)
+        self.k, self.stride, self.padding, self.dilation = k, stride, padding, dilation
+        self.groups = whole(f"{name}: groups", groups)
+        pair(k)  # raises ValueError for what is no size; the weights' initialisation does for one below 1
+        if self.groups != 1:
+            check_groups(name, self.groups, self.in_c, self.out_c)
+        try:
+            check_windows(1, stride, padding, dilation)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def _add_weights(self, weight: Array, bias: bool, dtype: Any) -> None:
+        self._add_parameter("weight", weight, dtype)
+        if bias:
+            self._add_parameter("bias", np.zeros(self.out_c), dtype)
+
+    def _convolve(self, op: Any, x: Array, **options: Any) -> Array:
+        self._expect(x, "N", self.in_c, "H", "W")
+        options |= {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        try:
+            return self._keep(op(x, self.params["weight"], self.params.get("bias"), **options))
+        except ValueError as error:
+            raise ValueError(f"{self._label()}: {error}") from None
+
+    def _convolve_backward(self, op: Any, dout: Array) -> Array:
+        dx, dW, db = op(dout, self._taken(dout), input_grad=self.input_grad)
+        self._add_grads(weight=dW, bias=db)
+        return dx
+
+    def _options(self) -> str:
+        shown = f"{self.in_c}, {self.out_c}, {self.k}, stride={self.stride}, padding={self.padding}"
+        if pair(self.dilation) != (1, 1):
+            shown += f", dilation={self.dilation}"
+        if self.groups != 1:
+            shown += f", groups={self.groups}"
+        return shown + ("" if "bias" in self.params else ", bias=False")
+
+
+class Conv2d(_Learned):
+    """2-D convolution: (N, in_c, H, W) -> (N, out_c, Ho, Wo). Weight (out_c, in_c / groups, kH, kW), bias (out_c,).
+
+    ``k``, ``stride``, ``padding`` and ``dilation`` are one number or (height, width). With ``groups``, which divide
+    ``in_c`` and ``out_c``, each group of output channels sees only its own group of input channels; ``groups=in_c``
+    is a depthwise convolution. Weights start by Kaiming's normal initialisation from ``rng`` (see ``rng.first_draws``
+    if None), biases at 0. Raises ValueError for sizes and counts that are none or do not fit.
     """
 
     def __init__(
@@ -45,38 +94,67 @@ class Conv2d(Convolution):
         padding: Size = 0,
         bias: bool = True,
         *,
+        groups: int = 1,
+        dilation: Size = 1,
         rng: np.random.Generator | None = None,
         dtype: Any = np.float32,
     ) -> None:
-        super().__init__()
-        self.in_c = in_c = whole("Conv2d: in_c", in_c)
-        self.out_c = out_c = whole("Conv2d: out_c", out_c)
-        self.k, self.stride, self.padding = k, stride, padding
-        for size in (k, stride, padding):
-            pair(size)  # raises ValueError for what is none
-        rng = rng or for_first_draws()
-        self._add_parameter("weight", functional.kaiming_normal(rng, (out_c, in_c, *pair(k))), dtype)
-        if bias:
-            self._add_parameter("bias", np.zeros(out_c), dtype)
+        super().__init__(in_c, out_c, k, stride, padding, groups, dilation)
+        shape = (self.out_c, self.in_c // self.groups, *pair(k))
+        self._add_weights(functional.kaiming_normal(rng or for_first_draws(), shape), bias, dtype)
 
     def forward(self, x: Array) -> Array:
-        """(N, in_c, H, W) -> (N, out_c, Ho, Wo)."""
-        self._expect(x, "N", self.in_c, "H", "W")
-        W, b = self.params["weight"], self.params.get("bias")
-        try:
-            return self._keep(self.F.conv2d(x, W, b, stride=self.stride, padding=self.padding, filters=self.filters))
-        except ValueError as error:
-            raise ValueError(f"{self._label()}: {error}") from None
+        """Return y (N, out_c, Ho, Wo) for ``x`` (N, in_c, H, W)."""
+        return self._convolve(self.F.conv2d, x, filters=self.filters)
 
     def backward(self, dout: Array) -> Array:
-        """(N, out_c, Ho, Wo) -> (N, in_c, H, W), or None after ``skip_input_grad()``."""
-        dx, dW, db = self.F.conv2d_backward(dout, self._taken(dout), input_grad=self.input_grad)
-        self._add_grads(weight=dW, bias=db)
-        return dx
+        """Return dx (N, in_c, H, W) for ``dout`` (N, out_c, Ho, Wo), or None after ``skip_input_grad()``."""
+        return self._convolve_backward(self.F.conv2d_backward, dout)
+
+
+class ConvTranspose2d(_Learned):
+    """The transpose of a Conv2d from out_c to in_c channels: (N, in_c, H, W) -> (N, out_c, Ho, Wo).
+
+    With a stride it enlarges: Ho = (H - 1) stride - 2 padding + dilation (kH - 1) + output_padding + 1. Weight (in_c,
+    out_c / groups, kH, kW), bias (out_c,); options as Conv2d has them. ``output_padding``, below stride or dilation,
+    chooses among the sizes that Conv2d would bring down to H. Weights start by Kaiming's normal initialisation for the
+    number of products that an output sums up: in_c / groups kH kW / stride^2 on average.
+    """
+
+    def __init__(
+        self,
+        in_c: int,
+        out_c: int,
+        k: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        bias: bool = True,
+        *,
+        groups: int = 1,
+        dilation: Size = 1,
+        rng: np.random.Generator | None = None,
+        dtype: Any = np.float32,
+    ) -> None:
+        super().__init__(in_c, out_c, k, stride, padding, groups, dilation)
+        self.output_padding = output_padding
+        pair(output_padding)
+        shape = (self.out_c, self.in_c // self.groups, *pair(k))
+        weight = functional.kaiming_normal(rng or for_first_draws(), shape)
+        weight *= math.sqrt(math.prod(pair(stride)))
+        self._add_weights(weight.reshape(self.in_c, self.out_c // self.groups, *pair(k)), bias, dtype)
+
+    def forward(self, x: Array) -> Array:
+        """Return y (N, out_c, Ho, Wo) for ``x`` (N, in_c, H, W)."""
+        return self._convolve(self.F.conv_transpose2d, x, output_padding=self.output_padding)
+
+    def backward(self, dout: Array) -> Array:
+        """Return dx (N, in_c, H, W) for ``dout`` (N, out_c, Ho, Wo), or None after ``skip_input_grad()``."""
+        return self._convolve_backward(self.F.conv_transpose2d_backward, dout)
 
     def _options(self) -> str:
-        extra = "" if "bias" in self.params else ", bias=False"
-        return f"{self.in_c}, {self.out_c}, {self.k}, stride={self.stride}, padding={self.padding}{extra}"
+        more = "" if pair(self.output_padding) == (0, 0) else f", output_padding={self.output_padding}"
+        return super()._options() + more
 
 
 class Whitening(Convolution):
@@ -100,12 +178,12 @@ class Whitening(Convolution):
         self._add_array(self.buffers, "weight", functional.whitening((out_c, in_c, kH, kW)), dtype)
 
     def forward(self, x: Array) -> Array:
-        """(N, in_c, H, W) -> (N, out_c, H, W)."""
+        """Return y (N, out_c, H, W) for ``x`` (N, in_c, H, W)."""
         self._expect(x, "N", self.in_c, "H", "W")
         return self._keep(self.F.conv2d(x, self.buffers["weight"], padding=self.padding, filters=self.filters))
 
     def backward(self, dout: Array) -> Array:
-        """(N, out_c, H, W) -> (N, in_c, H, W), or None after ``skip_input_grad()``."""
+        """Return dx (N, in_c, H, W) for ``dout`` (N, out_c, H, W), or None after ``skip_input_grad()``."""
         cache = self._taken(dout)
         return self.F.conv2d_backward(dout, cache)[0] if self.input_grad else None
 

@@ -7,7 +7,7 @@ import numpy as np
 from cnnmpi.common.arguments import check_choice
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.rng import generator
-from cnnmpi.sizes import Size, number, pair
+from cnnmpi.sizes import Size, check_windows, number, upsampling
 
 
 class _Activation(Layer):
@@ -120,8 +120,10 @@ class _Pool(Layer):
     def __init__(self, k: Size, stride: Size | None = None, padding: Size = 0) -> None:
         super().__init__()
         self.k, self.stride, self.padding = k, k if stride is None else stride, padding
-        for size in (self.k, self.stride, padding):
-            pair(size)  # raises ValueError for what is none
+        try:
+            check_windows(self.k, self.stride, padding)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
 
     def _pool(self, op: Any, x: Array) -> Array:
         self._expect(x, "N", "C", "H", "W")
@@ -169,6 +171,33 @@ class GlobalAvgPool2d(Layer):
     def backward(self, dout: Array) -> Array:
         """Return dx, the gradient by the input (N, C, H, W): all positions share their channel's equally."""
         return self.F.global_avg_pool2d_backward(dout, self._taken(dout))
+
+
+class Upsample(Layer):
+    """Each pixel repeated, the nearest neighbour's value: (N, C, H, W) -> (N, C, scale H, scale W).
+
+    ``scale_factor`` is one whole number or (height, width). Raises ValueError for less than 1.
+    """
+
+    def __init__(self, scale_factor: Size) -> None:
+        super().__init__()
+        try:
+            upsampling(scale_factor)
+        except ValueError as error:
+            raise ValueError(f"Upsample: {error}") from None
+        self.scale_factor = scale_factor
+
+    def forward(self, x: Array) -> Array:
+        """Return y (N, C, scale H, scale W) for ``x`` (N, C, H, W)."""
+        self._expect(x, "N", "C", "H", "W")
+        return self._keep(self.F.upsample_nearest2d(x, self.scale_factor))
+
+    def backward(self, dout: Array) -> Array:
+        """Return dx (N, C, H, W), for each pixel the sum over its copies in ``dout``."""
+        return self.F.upsample_nearest2d_backward(dout, self._taken(dout))
+
+    def _options(self) -> str:
+        return f"{self.scale_factor}"
 
 
 class Flatten(Layer):

@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 
 from cnnmpi import functional
-from cnnmpi.common.arguments import check_groups
 from cnnmpi.layers.base import Array, Layer
 from cnnmpi.rng import for_first_draws
-from cnnmpi.sizes import whole
+from cnnmpi.sizes import check_groups, whole
 
 
 class Linear(Layer):
@@ -112,7 +111,7 @@ class GroupNorm(Layer):
         super().__init__()
         self.num_groups = num_groups = whole("GroupNorm: num_groups", num_groups)
         self.num_channels = num_channels = whole("GroupNorm: num_channels", num_channels)
-        check_groups("GroupNorm", num_channels, num_groups)
+        check_groups("GroupNorm", num_groups, num_channels)
         self.eps = eps
         self._add_parameter("weight", np.ones(num_channels), dtype)
         self._add_parameter("bias", np.zeros(num_channels), dtype)

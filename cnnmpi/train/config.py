@@ -39,7 +39,7 @@ class Experiment:
     """
 
     model: str | None = None
-    """Which network to train: simplecnn, smallresnet, or your own, FILE.py:CLASS or MODULE:CLASS."""
+    """Which network: simplecnn, smallresnet, resnet18, mobilenet, or your own, FILE.py:CLASS or MODULE:CLASS."""
     model_options: Annotated[dict[str, Any] | None, JSON_OBJECT] = None
     """More arguments for the network, as JSON such as '{"width": 2}'; in a TOML file, a table."""
     init: str | None = None
