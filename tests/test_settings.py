@@ -399,6 +399,7 @@ def reaches_the_watchdog(bench: Bench, field: str, value: Any) -> None:
             made.append((warning_s, limit_s))
             super().__init__(ranks, warning_s, limit_s, *more)
 
+    bench.patch.setattr(entry, "start", Ranks)  # each rank for itself
     bench.patch.setattr(entry, "Watchdog", Watching)
     bench.trainer()
     flag = "--" + field.replace("_", "-")

@@ -1,0 +1,36 @@
+"""Hooks on several ranks: where they run, and that none can change the weights of one rank unnoticed."""
+
+import pytest
+
+import cnnmpi
+from cnnmpi.distributed import DisagreementError
+from cnnmpi.train import Config, set_up
+from cnnmpi.train.code import Code
+from cnnmpi.train.hooks import Hooks
+from tests.test_fit import QUICK, Small, images
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_hook_runs_on_rank_0_or_on_all_as_it_says(ranks, shared_tmp):
+    called: list[str] = []
+
+    @cnnmpi.on_all_ranks
+    def everywhere(run, loss):
+        called.append("all")
+
+    cnnmpi.fit(
+        Small, data=images(), out=shared_tmp / "run", on_step=[everywhere, lambda run, loss: called.append("one")],
+        **{**QUICK, "shards": 8, "epochs": 1},
+    )  # fmt: skip
+    assert called.count("all") == 2 and called.count("one") == (2 if ranks.rank == 0 else 0)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_hook_that_changes_the_weights_of_one_rank_is_noticed(ranks, shared_tmp):
+    def spoil(run, loss):
+        run.model.head.params["weight"][...] += 1
+
+    config = Config(out=shared_tmp / "run", agree_every=1, **{**QUICK, "shards": 8})
+    run = set_up(config, ranks, Code({"simplecnn": Small}), data=images(), hooks=Hooks(on_step=spoil))
+    with pytest.raises(DisagreementError, match=r"head\.weight"):
+        run.run()
