@@ -17,7 +17,8 @@ from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.sizes import pair
 from cnnmpi.train import Config, Evaluation, evaluate
 from cnnmpi.train.code import Code
-from cnnmpi.train.setup import find_losses, load_trained, make_measures, open_data, with_loss
+from cnnmpi.train.measures import find_losses, make_measures, with_loss
+from cnnmpi.train.setup import load_trained, open_data
 
 PROGRAM = "cnnmpi.evaluate"
 LARGEST_MATRIX = 20  # classes up to which the confusion matrix is shown

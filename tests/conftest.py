@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ os.environ.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
 excepthook = sys.excepthook
 RANKS = start()
 sys.excepthook = excepthook  # pytest reports exceptions itself
+if RANKS.size > 1:  # ranks tidy their old temporary folders at the same time: each its own
+    root = Path(tempfile.gettempdir()) / f"pytest-rank-{RANKS.rank}"
+    root.mkdir(exist_ok=True)
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = str(root)
 if RANKS.rank > 0:
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - one report is enough; failures go to stderr
 

@@ -157,9 +157,11 @@ def test_sizes_that_do_not_divide(tmp_path, data, batch_size, shards):
 
 
 def test_what_is_fixed_stays_as_it_is_to_the_bit(tmp_path, data):
-    """The whitening filters are averaged over the shards, of 11 images here, with the running statistics."""
+    """The whitening filters take no part in the sums over shards and ranks, as running statistics do."""
     trainer = train(tmp_path / "run", Ranks(), data=data, model="smallresnet", batch_size=33, shards=3)
     assert trainer.model.state_dict()["stem.0.weight"].tobytes() == whitening((24, 3, 3, 3)).astype("f").tobytes()
+    statistics = [a.size for name, a in trainer.model.named_buffers().items() if "running" in name]
+    assert trainer.reducer.sizes[1] == sum(statistics) and trainer.flat.frozen.size == 24 * 27
 
 
 @pytest.mark.mpi(min_size=1)

@@ -56,7 +56,7 @@ class Reducer:
         for shard in np.flatnonzero(flags):
             blamed = int(flags[shard]) - 1
             known = blamed < len(self.names)
-            where = f"the gradient of {self.names[blamed][0]}" if known else "the loss or a running statistic"
+            where = f"the gradient of {self.names[blamed][0]}" if known else "the loss, a metric or a running statistic"
             raise NotFiniteError(f"step {step}, shard {shard}: {where} is not finite or beyond {self.limit:.3g}")
         return np.split(total, np.cumsum(self.sizes)[:-1])
 

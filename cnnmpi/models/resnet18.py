@@ -12,7 +12,7 @@ class ResNet18(Model):
     """He et al., "Deep residual learning for image recognition" (2016), with a 3x3 stem for images of 32x32 pixels.
 
     Four stages of two residual blocks; each stage but the first halves the resolution and doubles the channels. For
-    CIFAR-10: 11,173,962 parameters, 556 million multiply-adds. Takes images from 8x8 pixels on.
+    CIFAR-10: 11,173,962 parameters, 555 million multiply-adds. Takes images from 8x8 pixels on.
     """
 
     # usual settings for CIFAR-10, not a search of our own

@@ -140,7 +140,7 @@ def _load_file(path: Path) -> ModuleType:
     """Import the file at ``path``, once; files beside it can be imported by it, as if it were a script."""
     path = path.resolve()
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file")
     for module in list(sys.modules.values()):
         if getattr(module, "__cnnmpi_spec__", None) == str(path):
             return module

@@ -126,8 +126,6 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 PROGRAM = "cnnmpi.train"
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
-
-
 CODE = ("model", "loss", "augment")  # the settings that may name a person's code
 
 

@@ -1,5 +1,7 @@
 """What is measured of every batch: the loss and the metrics, as sums that add up over shards and ranks."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,10 +9,16 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.common.arrays import Array
+from cnnmpi.data import Dataset
 from cnnmpi.distributed import UserError
+from cnnmpi.functional import accuracy, label_accuracy, top5_accuracy
+from cnnmpi.train.code import Code
+from cnnmpi.train.config import Config
 
 Loss = Callable[..., tuple[float, Any]]  # loss(logits, targets, reduction="sum") -> (loss, dlogits)
 Metric = Callable[[Array, Array], tuple[float, float]]  # metric(logits, targets) -> (sum, count), of NumPy arrays
+
+MANY_CLASSES = 20  # from which on the share of images counts, too, whose class is among the five likeliest
 
 
 class Measures:
@@ -62,3 +70,48 @@ def checked(name: str, loss: Loss) -> Loss:
         return value, dlogits
 
     return checking
+
+
+# -- which ones a run has ---------------------------------------------------------------------------------------------
+
+LOSSES = {"cross_entropy": "cross_entropy_loss", "binary_cross_entropy": "binary_cross_entropy_loss", "mse": "mse_loss"}
+
+
+def with_loss(config: Config, dataset: Dataset) -> Config:
+    """Return ``config`` with a loss: that which the targets of ``dataset`` suggest, unless it has one."""
+    targets = dataset.train_labels
+    if targets.ndim == 1 or (targets.min() >= 0 and np.allclose(targets.sum(axis=1), 1, atol=1e-3)):
+        usual = "cross_entropy"  # classes, or a probability for each
+    else:
+        usual = "binary_cross_entropy" if targets.min() >= 0 and targets.max() <= 1 else "mse"
+    loss = config.loss or usual
+    if loss in LOSSES and (loss == "cross_entropy") < (targets.ndim == 1):
+        raise UserError(f"--loss {loss} needs targets (N, K), and these data have a class for each image")
+    return dataclasses.replace(
+        config, loss=loss, label_smoothing=config.label_smoothing if loss == "cross_entropy" else 0.0
+    )
+
+
+def find_losses(config: Config, code: Code) -> tuple[Callable[[Any], Loss], Callable[[Any], Loss]]:
+    """Return what gives the loss of training, and that of evaluation, for an engine ``F``. Raises UserError."""
+    name = config.loss or "cross_entropy"
+    found = code.find("--loss", name, LOSSES, "FUNCTION")
+    if found != LOSSES.get(name):
+        return (lambda F: checked(name, found),) * 2
+    smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+    return lambda F: functools.partial(getattr(F, LOSSES[name]), **smoothing), lambda F: getattr(F, LOSSES[name])
+
+
+def make_measures(config: Config, dataset: Dataset, own: Mapping[str, Metric] | None = None) -> Measures:
+    """Return the loss and the metrics that suit the data, and a person's ``own``. Raises UserError."""
+    for name, metric in (own or {}).items():
+        if not callable(metric) or name in ("loss", "acc"):
+            raise UserError(f"metrics: {name!r} must be another name than loss and acc, and a function")
+    usual: dict[str, Metric] = {}
+    if config.loss == "binary_cross_entropy":
+        usual = {"acc": label_accuracy}
+    elif dataset.train_labels.ndim == 1 or config.loss == "cross_entropy":
+        usual = {"acc": accuracy}
+        if len(dataset.classes) >= MANY_CLASSES:
+            usual["top5"] = top5_accuracy
+    return Measures({**usual, **(own or {})})

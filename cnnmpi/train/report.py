@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from cnnmpi.checkpoint import CheckpointError, write_atomically
 from cnnmpi.console import is_terminal, printable
+from cnnmpi.data import Dataset
+from cnnmpi.distributed import Ranks
+from cnnmpi.train.config import Config
 
 METRICS = "metrics.jsonl"
 
@@ -100,3 +103,24 @@ def _step(line: str) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if type(step) is int else None
+
+
+def greeting(config: Config, dataset: Dataset, ranks: Ranks, threads: int) -> list[str]:
+    """Return lines that say what is about to be trained, on what, and what would make it faster."""
+    shards, cores = config.shards, ranks.cores_on_node
+    lines = [
+        f"{config.model} on {dataset.source}: {len(dataset.train_images)} training and "
+        f"{len(dataset.test_images)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
+        f"thread{'s' * (threads > 1)}, {config.backend}"
+    ]
+    if ranks.oversubscribed:
+        lines.append(
+            f"note: {ranks.local_size} ranks share {cores} cores of this host: the result is the "
+            "same, but as many ranks as cores would be faster"
+        )
+    elif cores > (shards or 1):
+        lines.append(
+            f"note: {cores} cores, {shards} shards: up to {shards} ranks "
+            "share the work, and threads the other cores; for more ranks raise --shards, and --batch-size with it"
+        )
+    return lines

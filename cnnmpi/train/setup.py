@@ -21,7 +21,6 @@ from cnnmpi import checkpoint, optim
 from cnnmpi.console import printable
 from cnnmpi.data import DataLoader, Dataset, find_data, read_hdf5, statistics, synthetic
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
-from cnnmpi.functional import accuracy, label_accuracy, top5_accuracy
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
 from cnnmpi.sizes import pair
@@ -30,8 +29,8 @@ from cnnmpi.train.config import Config, continued, resolve, to_toml
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
-from cnnmpi.train.measures import Loss, Measures, Metric, checked
-from cnnmpi.train.report import Report
+from cnnmpi.train.measures import Metric, find_losses, make_measures, with_loss
+from cnnmpi.train.report import Report, greeting
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import accepted, load_checkpoint, model_attributes, unpack, version_of
 from cnnmpi.train.team import Team, fewest_workers
@@ -39,7 +38,6 @@ from cnnmpi.train.trainer import Trainer
 from cnnmpi.train.watchdog import Watchdog
 
 Tell = Callable[[str], None]
-MANY_CLASSES = 20  # from which on the share of images counts, too, whose class is among the five likeliest
 
 
 def set_up(
@@ -286,48 +284,6 @@ def share_parameters(models: Sequence[Model]) -> dict[Model, FlatArrays]:
 
 # -- how it learns ---------------------------------------------------------------------------------------------------
 
-LOSSES = {"cross_entropy": "cross_entropy_loss", "binary_cross_entropy": "binary_cross_entropy_loss", "mse": "mse_loss"}
-
-
-def with_loss(config: Config, dataset: Dataset) -> Config:
-    """Return ``config`` with a loss: that which the targets of ``dataset`` suggest, unless it has one."""
-    targets = dataset.train_labels
-    if targets.ndim == 1 or (targets.min() >= 0 and np.allclose(targets.sum(axis=1), 1, atol=1e-3)):
-        usual = "cross_entropy"  # classes, or a probability for each
-    else:
-        usual = "binary_cross_entropy" if targets.min() >= 0 and targets.max() <= 1 else "mse"
-    loss = config.loss or usual
-    if loss in LOSSES and (loss == "cross_entropy") < (targets.ndim == 1):
-        raise UserError(f"--loss {loss} needs targets (N, K), and these data have a class for each image")
-    return dataclasses.replace(
-        config, loss=loss, label_smoothing=config.label_smoothing if loss == "cross_entropy" else 0.0
-    )
-
-
-def find_losses(config: Config, code: Code) -> tuple[Callable[[Any], Loss], Callable[[Any], Loss]]:
-    """Return what gives the loss of training, and that of evaluation, for an engine ``F``. Raises UserError."""
-    name = config.loss or "cross_entropy"
-    found = code.find("--loss", name, LOSSES, "FUNCTION")
-    if found != LOSSES.get(name):
-        return (lambda F: checked(name, found),) * 2
-    smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
-    return lambda F: functools.partial(getattr(F, LOSSES[name]), **smoothing), lambda F: getattr(F, LOSSES[name])
-
-
-def make_measures(config: Config, dataset: Dataset, own: Mapping[str, Metric] | None = None) -> Measures:
-    """Return the loss and the metrics that suit the data, and a person's ``own``. Raises UserError."""
-    for name, metric in (own or {}).items():
-        if not callable(metric) or name in ("loss", "acc"):
-            raise UserError(f"metrics: {name!r} must be another name than loss and acc, and a function")
-    usual: dict[str, Metric] = {}
-    if config.loss == "binary_cross_entropy":
-        usual = {"acc": label_accuracy}
-    elif dataset.train_labels.ndim == 1 or config.loss == "cross_entropy":
-        usual = {"acc": accuracy}
-        if len(dataset.classes) >= MANY_CLASSES:
-            usual["top5"] = top5_accuracy
-    return Measures({**usual, **(own or {})})
-
 
 def make_optimizer(config: Config, model: Model) -> optim.Optimizer:
     """Return the optimizer that ``config`` asks for."""
@@ -440,24 +396,3 @@ def open_folder(trainer: Trainer, saved: Saved | None, tell: Tell) -> None:
         trainer.best = -math.inf
     else:
         trainer.ranks.on_rank0(as_user_errors()(lambda: report.rewind(trainer.step, trainer.steps_per_epoch)))
-
-
-def greeting(config: Config, dataset: Dataset, ranks: Ranks, threads: int) -> list[str]:
-    """Return lines that say what is about to be trained, on what, and what would make it faster."""
-    shards, cores = config.shards, ranks.cores_on_node
-    lines = [
-        f"{config.model} on {dataset.source}: {len(dataset.train_images)} training and "
-        f"{len(dataset.test_images)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
-        f"thread{'s' * (threads > 1)}, {config.backend}"
-    ]
-    if ranks.oversubscribed:
-        lines.append(
-            f"note: {ranks.local_size} ranks share {cores} cores of this host: the result is the "
-            "same, but as many ranks as cores would be faster"
-        )
-    elif cores > (shards or 1):
-        lines.append(
-            f"note: {cores} cores, {shards} shards: up to {shards} ranks "
-            "share the work, and threads the other cores; for more ranks raise --shards, and --batch-size with it"
-        )
-    return lines
