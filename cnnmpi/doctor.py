@@ -2,6 +2,7 @@
 
 python -m cnnmpi.doctor                      # this machine, and whether mpirun works
 mpirun -n 4 python -m cnnmpi.doctor          # the ranks as they will run
+python -m cnnmpi.doctor --model nets.py:Net  # a network of your own as well: whether it learns, time, memory
 """
 
 import fcntl
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +25,13 @@ import tyro
 
 from cnnmpi import console
 from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
-from cnnmpi.data import DataError, find_data, read_hdf5
+from cnnmpi.data import DataError, Dataset, find_data, read_hdf5, synthetic
 from cnnmpi.distributed import Ranks, UserError, failing_together, launched, little_shared_memory, start
 from cnnmpi.machine import allowance, free_mib, shared_folders
-from cnnmpi.models import MODELS
-from cnnmpi.train.config import DEFAULTS
+from cnnmpi.models import MODELS, Model
+from cnnmpi.train.code import Code, explained, source_sha256
+from cnnmpi.train.config import DEFAULTS, Config, resolve
+from cnnmpi.train.setup import input_options, make_model
 
 MIB = 1 << 20
 CHECKPOINTS = 4  # last, previous, best, and the one being written
@@ -45,6 +49,8 @@ class Doctor:
     """Folder in which runs will be kept."""
     data: str = "auto"
     """The data that will be named to cnnmpi.train; nothing is downloaded."""
+    model: str | None = None
+    """The network that will be named to cnnmpi.train: its class is built, and a shard of images passes through it."""
     mpirun: str = "mpirun"
     """The launcher."""
 
@@ -171,22 +177,27 @@ def check_folder(out: Path) -> Finding:
     return Finding(f"{out}: writes, syncs ({1000 * seconds:.0f} ms a MiB), renames and locks")
 
 
-def check_space(out: Path) -> Finding:
-    """Compare free space with the checkpoints of the largest reference model."""
+def check_space(out: Path, size: int) -> Finding:
+    """Compare free space with the checkpoints of a network of ``size`` weights; 0: of the largest reference model."""
     there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
-    numbers = max(sum(param.size for param, _ in make().parameters()) for make in MODELS.values())
+    numbers = size or max(sum(param.size for param, _ in make().parameters()) for make in MODELS.values())
     needed, free = CHECKPOINTS * 3 * 4 * numbers, shutil.disk_usage(there).free  # weights and Adam's two slots
     text = f"{free // MIB} MiB free for checkpoints, which take up to {needed // MIB + 1} MiB"
     return Finding(text, "" if free > needed else "make room, or name another folder with --out")
 
 
+def read_data(spec: str) -> tuple[Path | None, Dataset]:
+    """Return the data that ``--data spec`` means, and their file if there is one. Raises DataError."""
+    path = find_data("data/cifar10.h5" if spec in ("auto", "cifar10") else spec)
+    return path, read_hdf5(path) if path else synthetic()
+
+
 def check_data(spec: str) -> Finding:
     """Read all of the data file and name its digest."""
     try:
-        path = find_data("data/cifar10.h5" if spec in ("auto", "cifar10") else spec)
+        path, dataset = read_data(spec)
         if path is None:
             return Finding("synthetic images need no file")
-        dataset = read_hdf5(path)
     except DataError as error:
         return Finding(str(error), "or let cnnmpi.train download CIFAR-10, with --data cifar10")
     size, digest = dataset.train_images.nbytes + dataset.test_images.nbytes, dataset.digest()
@@ -196,6 +207,53 @@ def check_data(spec: str) -> Finding:
         where = ", ".join(f"{folder} ({free} MiB free)" for folder, free in rooms.items())
         return Finding(text, f"ranks share the data in {where}: enlarge it, or name another folder in TMPDIR")
     return Finding(text)
+
+
+def build(name: str, spec: str) -> tuple[Config, Model, Dataset]:
+    """Return the network of this name as it would be trained on these data. Raises UserError or DataError."""
+    code, dataset = Code(), read_data(spec)[1]
+    config = resolve(Config(model=name), code)
+    network = code.find("--model", name, MODELS, "CLASS")
+    return config, make_model(network, config, input_options(dataset), 0), dataset
+
+
+def check_network(name: str, spec: str) -> tuple[Finding, int]:
+    """Let a shard of images pass forward and backward through the network. Returns the size of its weights, too."""
+    try:
+        config, model, dataset = build(name, spec)
+        count = min(-(-(config.batch_size or 1) // (config.shards or 1)), len(dataset.train_images))
+        x = (dataset.train_images[:count] / np.float32(255)).astype(np.float32)
+        with explained(f"--model {name} fails on a shard of {count} images"):
+            milliseconds, mib = measure_step(model, x)
+    except (UserError, DataError) as error:
+        return Finding(str(error), "training would end with this line: mend it first"), 0
+    learning = sum(param.size for param, _ in model.parameters())
+    text = f"{name}: {learning} weights learn; a shard of {count} images takes {milliseconds:.0f} ms and {mib} MiB"
+    return Finding(text), sum(array.size for array in model.state_dict().values())
+
+
+def check_sources(ranks: Ranks, name: str) -> Finding:
+    """Compare the source of the network on all ranks."""
+    try:
+        mine = source_sha256(Code().find("--model", name, MODELS, "CLASS"))
+    except UserError as error:
+        mine = str(error)
+    if len(set(ranks.gather(mine))) > 1:
+        return Finding(f"{name} is not the same on all ranks", "copy the file to all hosts, to the same place")
+    return Finding(f"{name} is the same on all ranks")
+
+
+def measure_step(model: Model, x: np.ndarray) -> tuple[float, int]:
+    """Return milliseconds and MiB, at most, that images ``x`` take forward and backward through ``model``."""
+    model.backward(np.ones_like(model.forward(x)))  # once before: caches and threads are there
+    begun = time.perf_counter()
+    model.backward(np.ones_like(model.forward(x)))
+    milliseconds = 1000 * (time.perf_counter() - begun)
+    tracemalloc.start()
+    model.backward(np.ones_like(model.forward(x)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return milliseconds, peak // MIB + 1
 
 
 def check_memory(ranks: Ranks) -> Finding:
@@ -219,8 +277,14 @@ def checks(config: Doctor, ranks: Ranks) -> Iterator[tuple[str, Finding]]:
     yield "watchdog", check_threads(ranks)
     yield "BLAS", check_blas(ranks)
     yield "folder", alone(check_folder, config.out)
-    yield "space", alone(check_space, config.out)
     yield "data", alone(check_data, config.data)
+    size = 0
+    if config.model is not None:
+        if ranks.size > 1:
+            yield "sources", check_sources(ranks, config.model)
+        finding, size = ranks.on_rank0(lambda: check_network(config.model or "", config.data))
+        yield "network", finding
+    yield "space", alone(check_space, config.out, size)
 
 
 def show(subject: str, finding: Finding) -> int:

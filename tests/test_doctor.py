@@ -1,5 +1,6 @@
 """The doctor finds what is wrong, and says what to do."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,60 @@ def test_each_failure_has_a_remedy_and_sets_the_exit_code(tmp_path):
             assert lines[index + 1].strip().startswith("-> ")
     assert any(line.startswith("FAIL data") and "nowhere.h5" in line for line in lines)
     assert any(line.startswith("FAIL folder") and "/proc/nowhere" in line for line in lines)
+
+
+NETWORK = """
+import cnnmpi
+from cnnmpi.layers import Conv2d, Flatten, GlobalAvgPool2d, Linear, Sequential
+
+class Net(cnnmpi.Model):
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.body = Sequential(Conv2d(in_channels, 4, 3), GlobalAvgPool2d(), Linear(4, num_classes))
+
+class Wrong(Net):
+    def __init__(self, in_channels, num_classes):
+        super().__init__(in_channels, num_classes + 1)
+
+class Slip(Net):
+    def backward(self, dout):
+        return dout.missing
+"""
+
+
+@needs_mpirun
+def test_a_network_of_ones_own_is_tried_with_the_data(data, tmp_path):
+    (tmp_path / "nets.py").write_text(NETWORK)
+    result = diagnose("--data", data, "--out", tmp_path, "--model", f"{tmp_path}/nets.py:Net", ranks=2)
+    assert f"ok   sources   {tmp_path}/nets.py:Net is the same on all ranks" in result.stdout
+    weights = 4 * 3 * 9 + 4 + 4 * 10 + 10
+    assert f"ok   network   {tmp_path}/nets.py:Net: {weights} weights learn; a shard of 16 images" in result.stdout
+    assert "which take up to 1 MiB" in result.stdout, "the checkpoints of this network, not of the largest one"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("nets.py:Wrong", r"FAIL network   --model \S*: its forward gives \(2, 11\) for images .*; expected \(2, 10\)"),
+        ("nets.py:Slip", r"FAIL network   --model \S* fails on images .*: AttributeError: .* \(\S*nets.py, line 16\)"),
+        ("nets.py:None", r"FAIL network   --model \S*: \S* has no None; it has Net, Wrong, Slip"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_named_with_its_line(data, tmp_path, name, line):
+    (tmp_path / "nets.py").write_text(NETWORK)
+    result = diagnose("--data", data, "--out", tmp_path, "--model", f"{tmp_path}/{name}")
+    assert result.returncode == 1 and "Traceback" not in result.stdout + result.stderr
+    assert re.search(line, result.stdout), result.stdout
+
+
+def test_a_network_that_differs_between_ranks_is_found(tmp_path):
+    class Two(Ranks):
+        def gather(self, value):
+            return [value, "another"]
+
+    (tmp_path / "nets.py").write_text(NETWORK)
+    finding = doctor.check_sources(Two(), f"{tmp_path}/nets.py:Net")
+    assert "not the same on all ranks" in finding.text and "copy the file" in finding.remedy
 
 
 def test_an_mpirun_of_another_mpi_is_found(tmp_path):
