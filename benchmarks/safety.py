@@ -52,7 +52,7 @@ def main() -> int:
             "exact": lambda: reduce(ExactReducer),
             "float32": lambda: reduce(Reducer),
             "agree": trainer._agree,
-            "look": watchdog._look,
+            "look": watchdog._observe,
         }
         times: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(args.steps):

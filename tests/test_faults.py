@@ -162,10 +162,10 @@ class Alone:
         self.dog = watchdog.Watchdog(ranks, warning_s, limit_s)
         self.dog._say = self.lines.append
         self.dog._ticked = 0.0
-        self.dog._known = [watchdog.Known(self.sign(r, "start"), 0.0, 0.0) for r in range(size)]
+        self.dog._statuses = [watchdog.RankStatus(self.sign(r, "start"), 0.0, 0.0) for r in range(size)]
 
     def sign(self, rank, doing, waiting=False, notes=0):
-        return watchdog.Sign(rank, f"host{rank}", doing, "", waiting, False, notes, f"stack of {rank}")
+        return watchdog.Heartbeat(rank, f"host{rank}", doing, "", waiting, False, notes, f"stack of {rank}")
 
     def tick(self, *signs, after=0.5):
         self.now += after

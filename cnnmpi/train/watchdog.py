@@ -30,7 +30,7 @@ _tags = itertools.count()
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """What a rank says of itself."""
 
     rank: int
@@ -44,10 +44,10 @@ class Sign:
 
 
 @dataclass
-class Known:
-    """The newest sign of a rank, when it came, and since when the rank has begun nothing new."""
+class RankStatus:
+    """The newest heartbeat of a rank, when it came, and since when the rank has begun nothing new."""
 
-    sign: Sign
+    beat: Heartbeat
     heard: float
     moved: float
 
@@ -76,7 +76,9 @@ class Watchdog:
         self._sends: list[Any] = [None] * REPORTERS
         hosts = ranks.gather(socket.gethostname())
         now = self._ticked = time.monotonic()
-        self._known = [Known(Sign(r, host, "start", "", False, False, 0, ""), now, now) for r, host in enumerate(hosts)]
+        self._statuses = [
+            RankStatus(Heartbeat(r, host, "start", "", False, False, 0, ""), now, now) for r, host in enumerate(hosts)
+        ]
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._watch, name="cnnmpi-watchdog", daemon=True)
         self._thread.start()
@@ -98,18 +100,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closing.wait(self.interval):
-            sign = self._look()
+            beat = self._observe()
             for reporter in range(min(REPORTERS, self.ranks.size)):
                 if reporter == self.ranks.rank:
-                    self._hear(sign)
+                    self._hear(beat)
                 elif self._sends[reporter] is None or self._sends[reporter].test()[0]:
-                    self._sends[reporter] = self.ranks.aside.isend(sign, reporter, self._tag)
+                    self._sends[reporter] = self.ranks.aside.isend(beat, reporter, self._tag)
             if self.ranks.rank < REPORTERS:
                 while self.ranks.aside.iprobe(tag=self._tag):
                     self._hear(self.ranks.aside.recv(tag=self._tag))
                 self._judge()
 
-    def _look(self) -> Sign:
+    def _observe(self) -> Heartbeat:
         """Return what this rank is doing, from the stacks of its threads."""
         frames = sys._current_frames()
         frames.pop(threading.get_ident(), None)
@@ -121,13 +123,13 @@ class Watchdog:
         text = "".join(stacks)[-STACK_CHARS:]
         layer = layers[0] if layers else ""
         host = socket.gethostname()
-        return Sign(self.ranks.rank, host, note.doing, layer, waiting, note.slow, note.count, text)
+        return Heartbeat(self.ranks.rank, host, note.doing, layer, waiting, note.slow, note.count, text)
 
-    def _hear(self, sign: Sign) -> None:
-        known, now = self._known[sign.rank], time.monotonic()
-        if sign.notes != known.sign.notes:
-            known.moved = now
-        known.sign, known.heard = sign, now
+    def _hear(self, beat: Heartbeat) -> None:
+        status, now = self._statuses[beat.rank], time.monotonic()
+        if beat.notes != status.beat.notes:
+            status.moved = now
+        status.beat, status.heard = beat, now
 
     def _judge(self) -> None:
         """Name the ranks that are silent or late, once, and end the job where the limit has passed."""
@@ -135,16 +137,16 @@ class Watchdog:
         self._ticked = now
         asleep = now - last - 4 * self.interval
         if asleep > 0:  # this process itself was stopped: that time proves nobody else's silence
-            for known in self._known:
-                known.heard, known.moved = min(known.heard + asleep, now), min(known.moved + asleep, now)
-        if self.ranks.rank > 0 and now - self._known[0].heard < self.warning_s:
+            for status in self._statuses:
+                status.heard, status.moved = min(status.heard + asleep, now), min(status.moved + asleep, now)
+        if self.ranks.rank > 0 and now - self._statuses[0].heard < self.warning_s:
             return  # rank 0 is there, and speaks
-        overdue = {known.sign.rank: since for known in self._known if (since := self._overdue(known, now))}
+        overdue = {status.beat.rank: since for status in self._statuses if (since := self._overdue(status, now))}
         for rank, (seconds, why) in overdue.items():
             news = rank not in self._named or why == SILENT != self._named[rank]  # one that was late may fall silent
             if news and seconds > self.warning_s:
-                sign = self._known[rank].sign
-                at = f"{sign.doing}, {sign.layer}" if sign.layer else sign.doing
+                beat = self._statuses[rank].beat
+                at = f"{beat.doing}, {beat.layer}" if beat.layer else beat.doing
                 self._say(f"warning: {self._name(rank)} {why} for {seconds:.0f} s; last seen in {at}")
                 self._named[rank] = why
         for rank in self._named.keys() - overdue:
@@ -152,26 +154,26 @@ class Watchdog:
             del self._named[rank]
         if any(seconds > self.limit_s for seconds, _ in overdue.values()):
             self._say(f"error: nothing goes on for {self.limit_s:g} s: the job is ended. Where the ranks were:")
-            for known in self._known:
-                say(f"--- {self._name(known.sign.rank)}, {known.sign.doing}:\n{known.sign.stacks}")
+            for status in self._statuses:
+                say(f"--- {self._name(status.beat.rank)}, {status.beat.doing}:\n{status.beat.stacks}")
             self.ranks.abort(1)
 
-    def _overdue(self, known: Known, now: float) -> tuple[float, str] | None:
+    def _overdue(self, status: RankStatus, now: float) -> tuple[float, str] | None:
         """Return for how many seconds a rank is missing, and how; None where all is well."""
         shortest = min(self.warning_s, self.limit_s)
-        silent = now - known.heard
+        silent = now - status.heard
         if silent > shortest:
             return silent, SILENT
-        waits = [now - other.moved for other in self._known if other.sign.waiting]
-        all_wait = len(waits) == len(self._known)  # since the last of them began to
+        waits = [now - other.moved for other in self._statuses if other.beat.waiting]
+        all_wait = len(waits) == len(self._statuses)  # since the last of them began to
         others_wait = (min if all_wait else max)(waits, default=0.0)
-        same = min(now - known.moved, others_wait) / (SLOW if known.sign.slow else 1)
-        if same > shortest and (not known.sign.waiting or all_wait):
+        same = min(now - status.moved, others_wait) / (SLOW if status.beat.slow else 1)
+        if same > shortest and (not status.beat.waiting or all_wait):
             return same, "is not where the others wait for it" if not all_wait else "waits for others that wait as well"
         return None
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} of {self.ranks.size} on {self._known[rank].sign.host}"
+        return f"rank {rank} of {self.ranks.size} on {self._statuses[rank].beat.host}"
 
     def _say(self, text: str) -> None:
         say(f"cnnmpi: {text}")
