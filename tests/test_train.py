@@ -18,7 +18,7 @@ from cnnmpi import checkpoint, layers, load_checkpoint
 from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, RemoteError, UserError
 from cnnmpi.functional import blocks, cross_entropy_loss, whitening
-from cnnmpi.models import Model, SimpleCNN, SmallResNet
+from cnnmpi.models import MobileNet, Model, ResNet18, SimpleCNN, SmallResNet
 from cnnmpi.train import Config, Trainer, evaluate, evaluation, set_up
 from cnnmpi.train import config as settings
 from cnnmpi.train.code import Code
@@ -54,7 +54,22 @@ class NarrowResNet(SmallResNet):
         super().__init__(**options, widths=(24, 24, 24, 10))  # by Winograd, but the 2x2 images of the last unit
 
 
-NETWORKS = {"simplecnn": DropoutNet, "smallresnet": NarrowResNet}
+class NarrowResNet18(ResNet18):
+    def __init__(self, **options):
+        super().__init__(**options, width=4)
+
+
+class NarrowMobileNet(MobileNet):
+    def __init__(self, **options):
+        super().__init__(**options, width=4)
+
+
+NETWORKS = {
+    "simplecnn": DropoutNet,
+    "smallresnet": NarrowResNet,
+    "resnet18": NarrowResNet18,
+    "mobilenet": NarrowMobileNet,
+}
 
 
 def new(config: Config, ranks: Ranks, **networks) -> Trainer:
@@ -83,8 +98,17 @@ def state(trainer: Trainer) -> dict[str, bytes]:
 
 
 @pytest.mark.mpi(min_size=1)
-@pytest.mark.parametrize("model", ["simplecnn", "smallresnet"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    "model, optimizer",
+    [
+        ("simplecnn", "sgd"),
+        ("simplecnn", "adam"),
+        ("smallresnet", "sgd"),
+        ("smallresnet", "adam"),
+        ("resnet18", "sgd"),
+        ("mobilenet", "adam"),
+    ],
+)
 def test_any_number_of_ranks_gives_the_bits_of_one(ranks, shared_tmp, tmp_path, data, model, optimizer):
     options = {"model": model, "optimizer": optimizer, "data": data, "clip": 1.0}
     together = train(shared_tmp / "together", ranks, **options)
