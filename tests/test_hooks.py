@@ -1,9 +1,9 @@
-"""Hooks on several ranks: where they run, and that none can change the weights of one rank unnoticed."""
+"""A person's code on several ranks: where hooks run, that none changes one rank unnoticed, that all have one source."""
 
 import pytest
 
 import cnnmpi
-from cnnmpi.distributed import DisagreementError
+from cnnmpi.distributed import DisagreementError, UserError
 from cnnmpi.train import Config, set_up
 from cnnmpi.train.code import Code
 from cnnmpi.train.hooks import Hooks
@@ -34,3 +34,14 @@ def test_a_hook_that_changes_the_weights_of_one_rank_is_noticed(ranks, shared_tm
     run = set_up(config, ranks, Code({"simplecnn": Small}), data=images(), hooks=Hooks(on_step=spoil))
     with pytest.raises(DisagreementError, match=r"head\.weight"):
         run.run()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_whose_networks_have_other_sources_are_refused(ranks, tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text(
+        f"from tests.test_fit import Small\n\n\nclass Net(Small):\n    'As rank {ranks.rank} has it.'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = Config(model="net.py:Net", out=tmp_path / "run", **{**QUICK, "shards": 8})
+    with pytest.raises(UserError, match="ranks differ in the source of the code that they train with"):
+        set_up(config, ranks, data=images())

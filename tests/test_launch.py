@@ -18,7 +18,18 @@ from cnnmpi.checkpoint import load
 from cnnmpi.evaluate import main as evaluate
 from cnnmpi.predict import main as predict
 from cnnmpi.train.__main__ import main as train
-from tests.jobs import HANGS_S, all_gone, command, digest, needs_mpirun, rank_pids, run, signal_all, start_and_wait
+from tests.jobs import (
+    HANGS_S,
+    MPIRUN,
+    all_gone,
+    command,
+    digest,
+    needs_mpirun,
+    rank_pids,
+    run,
+    signal_all,
+    start_and_wait,
+)
 
 pytestmark = pytest.mark.mpi_skip  # mpirun does not start inside mpirun
 
@@ -318,3 +329,46 @@ def test_evaluate_and_predict(data, tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
     assert evaluate([str(tmp_path / "none.h5"), "--data", str(data)]) == 2
     assert "none.h5" in capsys.readouterr().err
+
+
+# -- the files in launch/ ----------------------------------------------------------------------------------------------
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPT = """
+import sys
+import cnnmpi
+sys.exit(cnnmpi.fit(cnnmpi.SimpleCNN))
+"""
+
+
+def launched(name: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a file of launch/ with the words ``python`` and ``mpirun`` meaning those of the tests."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), str(Path(MPIRUN).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path} | environment
+    words = ["bash", str(LAUNCH / name), *map(str, arguments)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=HANGS_S, check=False)
+
+
+@needs_mpirun
+def test_local_sh_starts_the_trainer_or_a_script(data, tmp_path):
+    (tmp_path / "own.py").write_text(SCRIPT)
+    options = ["--data", data, "--batch-size", "40", "--epochs", "1", "--threads", "1", "--out"]
+    trainer = launched("local.sh", "2", *options, tmp_path / "trainer")
+    script = launched("local.sh", "3", tmp_path / "own.py", *options, tmp_path / "script")
+    assert trainer.returncode == script.returncode == 0, trainer.stderr + script.stderr
+    assert "; 2 ranks " in trainer.stdout and "; 3 ranks " in script.stdout
+    assert digest(trainer.stdout) == digest(script.stdout)
+
+
+def test_the_slurm_file_starts_the_trainer_or_a_script_and_requeues_what_was_stopped(tmp_path):
+    for name, code in ("srun", 75), ("scontrol", 0):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\nexit {code}\n')
+        (tmp_path / name).chmod(0o755)
+    slurm = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    stopped = launched("slurm.sbatch", "--epochs", "2", **slurm)
+    assert stopped.returncode == 75
+    srun, scontrol = stopped.stdout.splitlines()
+    assert srun.endswith(" python -m cnnmpi.train --out runs/slurm-7 --resume auto --epochs 2")
+    assert scontrol == "scontrol requeue 7"
+    script = launched("slurm.sbatch", "own.py", "--epochs", "2", **slurm)
+    assert script.stdout.splitlines()[0].endswith(" python own.py --out runs/slurm-7 --resume auto --epochs 2")
