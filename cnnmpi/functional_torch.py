@@ -168,10 +168,15 @@ def conv_transpose2d(
     return _channels_last(torch.convolution(x, W, b, *options)), (x, W, b, options)
 
 
-def conv2d_backward(dy: Tensor, cache: Any, *, input_grad: bool = True) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo); dx is None unless ``input_grad``, db None without a bias."""
+def conv2d_backward(
+    dy: Tensor, cache: Any, *, input_grad: bool = True, weight_grad: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo).
+
+    dx is None unless ``input_grad``, dW and db unless ``weight_grad``; db without a bias, too.
+    """
     x, W, b, options = cache
-    wanted = (input_grad, True, b is not None)
+    wanted = (input_grad, weight_grad, weight_grad and b is not None)
     dx, dW, db = aten.convolution_backward(_channels_last(dy), x, W, [dy.shape[1]], *options, wanted)
     return dx, dW, db
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cnnmpi
-from cnnmpi import functional
+from cnnmpi import functional, functional_torch
 from cnnmpi import layers as L
 from cnnmpi.functional import depthwise
 from tests.twins import DTYPES, SIZES, SWEEP, Wrapped, check, rng, torch
@@ -136,3 +136,41 @@ def test_what_cannot_be_is_one_line(make, message, engine):
 
 def test_public_names():
     assert {"ConvTranspose2d", "Upsample"} <= set(cnnmpi.__all__)
+
+
+@pytest.mark.parametrize("F", [functional, functional_torch], ids=["numpy", "torch"])
+@pytest.mark.parametrize(
+    "op, options",
+    [
+        ("conv2d", {"padding": 1}),  # by Winograd's way
+        ("conv2d", {"padding": 1, "stride": 2}),
+        ("conv2d", {"padding": 1, "groups": 16}),
+        ("conv_transpose2d", {"padding": 1, "stride": 2}),
+    ],
+)
+def test_without_weight_grad_dx_is_the_same_and_dW_and_db_are_not_computed(F, op, options):
+    x, W, b = (F.as_array(rng(1).standard_normal(shape)) for shape in ((4, 16, 12, 12), (16, 16, 3, 3), (16,)))
+    W = W[:, :1] if "groups" in options else W
+    results = []
+    for wanted in (True, False):
+        y, cache = getattr(F, op)(x, W, b, **options)
+        results.append(getattr(F, f"{op}_backward")(y, cache, weight_grad=wanted))
+    (dx, dW, db), (same, no_dW, no_db) = results
+    assert dW is not None and db is not None and no_dW is None and no_db is None
+    np.testing.assert_array_equal(F.to_numpy(dx), F.to_numpy(same))
+
+
+def test_a_frozen_convolution_asks_for_no_weight_grad(monkeypatch):
+    asked = []
+
+    def backward(dy, cache, *, input_grad, weight_grad):
+        asked.append(weight_grad)
+        return dy, None, None
+
+    monkeypatch.setattr(functional, "conv2d_backward", backward)
+    layer = L.Conv2d(3, 3, 1)
+    x = np.ones((1, 3, 4, 4), np.float32)
+    layer.backward(layer.forward(x))
+    layer.freeze()
+    layer.backward(layer.forward(x))
+    assert asked == [True, False]

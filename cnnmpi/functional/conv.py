@@ -127,26 +127,35 @@ def conv2d(
 
 
 @one_blas_thread()
-def conv2d_backward(dy: Array, cache: Any, *, input_grad: bool = True) -> tuple[Array | None, Array, Array | None]:
-    """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo); dx is None unless ``input_grad``, db None without a bias."""
+def conv2d_backward(
+    dy: Array, cache: Any, *, input_grad: bool = True, weight_grad: bool = True
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo).
+
+    dx is None unless ``input_grad``, dW and db unless ``weight_grad``; db without a bias, too.
+    """
     x, W, patches, has_bias, windows, groups, filters = cache
     dy = nchw(nhwc(dy))
-    db = _bias_gradient(dy) if has_bias else None
+    db = _bias_gradient(dy) if has_bias and weight_grad else None
     if patches is not None:
-        return *winograd.conv2d_backward(dy, x, W, patches, filters, input_grad), db
+        return *winograd.conv2d_backward(dy, x, W, patches, filters, input_grad, weight_grad), db
+    dx = _input_gradient(dy, W, x.shape, windows, groups) if input_grad else None
+    return dx, _filter_gradient(dy, x, W, windows, groups) if weight_grad else None, db
+
+
+def _filter_gradient(dy: Array, x: Array, W: Array, windows: Windows, groups: int) -> Array:
+    """Return dW (O, C / groups, kH, kW) for channels-last ``dy`` (N, O, Ho, Wo)."""
     if depthwise.suits(W, groups):
-        dW = depthwise.filter_gradient(dy, x, W.shape[2:], **windows)
-    else:
-        O, C, kH, kW = W.shape
+        return depthwise.filter_gradient(dy, x, W.shape[2:], **windows)
+    O, C, kH, kW = W.shape
 
-        def filter_gradient(block: slice) -> Array:
-            drows = _rows(nhwc(dy[block]), groups)
-            part: Array = np.matmul(drows.transpose(0, 2, 1), _columns(x[block], W.shape, windows, groups))
-            return part.reshape(O, kH * kW * C)
+    def filter_gradient(block: slice) -> Array:
+        drows = _rows(nhwc(dy[block]), groups)
+        part: Array = np.matmul(drows.transpose(0, 2, 1), _columns(x[block], W.shape, windows, groups))
+        return part.reshape(O, kH * kW * C)
 
-        bytes_each = _bytes_each(W, math.prod(dy.shape[2:]), groups)
-        dW = nchw(sum_over_blocks(filter_gradient, len(x), bytes_each).reshape(O, kH, kW, C))
-    return _input_gradient(dy, W, x.shape, windows, groups) if input_grad else None, dW, db
+    bytes_each = _bytes_each(W, math.prod(dy.shape[2:]), groups)
+    return nchw(sum_over_blocks(filter_gradient, len(x), bytes_each).reshape(O, kH, kW, C))
 
 
 def _input_gradient(dy: Array, W: Array, x_shape: tuple[int, ...], windows: Windows, groups: int) -> Array:
@@ -248,13 +257,14 @@ def conv_transpose2d(
 
 @one_blas_thread()
 def conv_transpose2d_backward(
-    dy: Array, cache: Any, *, input_grad: bool = True
-) -> tuple[Array | None, Array, Array | None]:
-    """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo); dx is None unless ``input_grad``, db None without a bias."""
+    dy: Array, cache: Any, *, input_grad: bool = True, weight_grad: bool = True
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Return (dx, dW, db) for ``dy`` (N, O, Ho, Wo), as conv2d_backward does."""
     x, W, (H, width), has_bias, windows, groups = cache
     dx, inner = conv2d(dy, W, **windows, groups=groups)
-    _, dW, _ = conv2d_backward(x, inner, input_grad=False)
-    return dx[:, :, :H, :width] if input_grad else None, dW, _bias_gradient(dy) if has_bias else None
+    _, dW, _ = conv2d_backward(x, inner, input_grad=False, weight_grad=weight_grad)
+    db = _bias_gradient(dy) if has_bias and weight_grad else None
+    return dx[:, :, :H, :width] if input_grad else None, dW, db
 
 
 @one_blas_thread()

@@ -86,9 +86,15 @@ def conv2d(x: Array, W: Array, b: Array | None, filters: dict[str, Array]) -> tu
 
 
 def conv2d_backward(
-    dy: Array, x: Array, W: Array, patches: dict[int, Array], filters: dict[str, Array], input_grad: bool
-) -> tuple[Array | None, Array]:
-    """Return (dx, dW) for ``dy`` (N, O, H, W) and what the forward pass kept; dx is None unless ``input_grad``."""
+    dy: Array,
+    x: Array,
+    W: Array,
+    patches: dict[int, Array],
+    filters: dict[str, Array],
+    input_grad: bool,
+    weight_grad: bool,
+) -> tuple[Array | None, Array | None]:
+    """Return (dx, dW) for ``dy`` (N, O, H, W) and what the forward pass kept, each None unless it is wanted."""
     N, C, H, width = x.shape
     O = len(W)
     if input_grad:
@@ -99,11 +105,13 @@ def conv2d_backward(
         dproducts = _transform_output_backward(nhwc(dy[block]))
         if input_grad:
             _transform_data_backward(np.matmul(dproducts, transformed), dx[block])  # (36, tiles, O) @ (36, O, C)
+        if not weight_grad:
+            return np.empty(0, x.dtype)
         dfilters: Array = np.matmul(dproducts.transpose(0, 2, 1), patches[block.start])
         return dfilters
 
     dfilters = sum_over_blocks(gradients, N, _bytes_each(x, O))
-    return nchw(dx) if input_grad else None, _transform_filters_backward(dfilters)
+    return nchw(dx) if input_grad else None, _transform_filters_backward(dfilters) if weight_grad else None
 
 
 def _kept(filters: dict[str, Array], key: str, derive: Callable[[], Array]) -> Array:

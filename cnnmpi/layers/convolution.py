@@ -63,7 +63,7 @@ class _Learned(Convolution):
             raise ValueError(f"{self._label()}: {error}") from None
 
     def _convolve_backward(self, op: Any, dout: Array) -> Array:
-        dx, dW, db = op(dout, self._taken(dout), input_grad=self.input_grad)
+        dx, dW, db = op(dout, self._taken(dout), input_grad=self.input_grad, weight_grad=not self.frozen)
         self._add_grads(weight=dW, bias=db)
         return dx
 
@@ -185,7 +185,7 @@ class Whitening(Convolution):
     def backward(self, dout: Array) -> Array:
         """Return dx (N, in_c, H, W) for ``dout`` (N, out_c, H, W), or None after ``skip_input_grad()``."""
         cache = self._taken(dout)
-        return self.F.conv2d_backward(dout, cache)[0] if self.input_grad else None
+        return self.F.conv2d_backward(dout, cache, weight_grad=False)[0] if self.input_grad else None
 
     def _options(self) -> str:
         return f"{self.in_c}, {self.out_c}, {self.k}"
