@@ -213,8 +213,9 @@ def build(name: str, spec: str) -> tuple[Config, Model, Dataset]:
     """Return the network of this name as it would be trained on these data. Raises UserError or DataError."""
     code, dataset = Code(), read_data(spec)[1]
     config = resolve(Config(model=name), code)
-    network = code.find("--model", name, MODELS, "CLASS")
-    return config, make_model(network, config, input_options(dataset), 0), dataset
+    network = code.find("model", name)
+    options = input_options(dataset) | {"seed": config.seed or 0}
+    return config, make_model(network, config, options, 0), dataset
 
 
 def check_network(name: str, spec: str) -> tuple[Finding, int]:
@@ -235,7 +236,7 @@ def check_network(name: str, spec: str) -> tuple[Finding, int]:
 def check_sources(ranks: Ranks, name: str) -> Finding:
     """Compare the source of the network on all ranks."""
     try:
-        mine = source_sha256(Code().find("--model", name, MODELS, "CLASS"))
+        mine = source_sha256(Code().find("model", name))
     except UserError as error:
         mine = str(error)
     if len(set(ranks.gather(mine))) > 1:

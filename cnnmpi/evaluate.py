@@ -71,7 +71,7 @@ def run(
             raise UserError(f"class {number} of {checkpoint} is {theirs}, that of --data {data} is {ours}")
     of_run = json.loads(info.attributes.get("config", "{}")).get("loss") or ""
     config = with_loss(Config(loss=loss or (None if ":" in of_run else of_run or None)), dataset)
-    measured = find_losses(config, Code())[1](trained.F)
+    _, measured = find_losses(config, Code(), trained.F)
     metrics = make_measures(config, dataset, type(trained).recipe.get("metrics")).metrics
     try:
         scaling = {"mean": info.mean, "std": info.std}

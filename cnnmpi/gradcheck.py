@@ -83,7 +83,7 @@ def _check_layer(original: Layer, x: Array, rng: np.random.Generator) -> dict[st
         each.caching = True
         if not each.frozen and (lacking := each.params.keys() - each.grads.keys()):
             name = f"{at}.{min(lacking)}".strip(".")
-            raise GradientError(f"{label}: the parameter {name} has no gradient: define it with _add_parameter")
+            raise GradientError(f"{label}: the parameter {name} has no gradient: define it with add_parameter")
     layer._replace_arrays(functional, lambda each, array: np.array(each.F.to_numpy(array), np.float64))
     buffers = [(buffer, buffer.copy()) for buffer in layer.named_buffers().values()]
     variables = {"x": x} | {name: param for name, (param, _) in layer.named_parameters().items()}

@@ -14,11 +14,12 @@ import tyro
 
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.common.arrays import Array, nchw
+from cnnmpi.common.text import read_json
 from cnnmpi.console import command, complain, printable
 from cnnmpi.data import DataError, normalize
 from cnnmpi.data.images import fit, read_image
 from cnnmpi.distributed import UserError
-from cnnmpi.functional import softmax
+from cnnmpi.functional import sigmoid, softmax
 from cnnmpi.models import Model
 from cnnmpi.sizes import pair
 from cnnmpi.train.evaluation import batch_size
@@ -45,7 +46,7 @@ def run(
     top: int | None = None,
     model: str | None = None,
 ) -> int:
-    """Print the most probable classes of each image.
+    """Print the most probable classes of each image, or those with the largest numbers.
 
     Args:
         checkpoint: a checkpoint of cnnmpi.train.
@@ -73,18 +74,35 @@ def run(
                 complain(PROGRAM, error)
                 unreadable.append(path)
 
+    shown = "{:.3g}".format if loss_of(trained) == "mse" else "{:.1%}".format
     pictures, together = read(), batch_size(trained, (channels, height, width))
     while batch := list(itertools.islice(pictures, together)):
-        for (path, _), row in zip(batch, probabilities(trained, [pixels for _, pixels in batch]), strict=True):
+        for (path, _), row in zip(batch, predictions(trained, [pixels for _, pixels in batch]), strict=True):
             best = np.argsort(-row, kind="stable")[: top or TOP]
-            print(f"{printable(path)}: " + "  ".join(f"{printable(classes[k])} {row[k]:.1%}" for k in best))
+            print(f"{printable(path)}: " + "  ".join(f"{printable(classes[k])} {shown(row[k])}" for k in best))
     return 2 if unreadable else 0
 
 
-def probabilities(model: Model, images: Sequence[Array]) -> Array:
-    """Return the probability of each class, (N, classes), for uint8 ``images`` (H, W, C)."""
+def predictions(model: Model, images: Sequence[Array]) -> Array:
+    """Return what the model says of uint8 ``images`` (H, W, C): a number for each class, (N, classes).
+
+    It is the probability that this is the class or, where an image may have several, that it has this one; a model that
+    was trained by squared errors predicts numbers.
+    """
     x = normalize(nchw(np.stack(images)), model.info.mean, model.info.std)
-    return softmax(model.forward(x))
+    logits, loss = model.forward(x), loss_of(model)
+    if loss == "mse":
+        return logits  # type: ignore[no-any-return]
+    return sigmoid(logits)[0] if loss == "binary_cross_entropy" else softmax(logits)
+
+
+def loss_of(model: Model) -> str:
+    """Return the name of the loss that a model from a checkpoint was trained with."""
+    try:
+        loss = read_json(model.info.attributes["config"]).get("loss")
+    except (KeyError, ValueError):  # written by another program
+        loss = None
+    return loss if isinstance(loss, str) else "cross_entropy"
 
 
 if __name__ == "__main__":

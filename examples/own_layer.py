@@ -20,8 +20,7 @@ class SoftPlus(Layer):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.params["slope"] = np.ones(channels, np.float32)
-        self.grads["slope"] = np.zeros(channels, np.float32)
+        self.add_parameter("slope", np.ones(channels))
 
     def forward(self, x):
         """Return y for ``x`` (N, C, H, W)."""
@@ -33,7 +32,7 @@ class SoftPlus(Layer):
         """Return dx (N, C, H, W), and add to the gradient of the slope."""
         slope = self.params["slope"][:, None, None]
         sigmoid = np.exp(slope * (self.x - self.y))  # exp(b x) / (1 + exp(b x))
-        self.grads["slope"] += ((self.x * sigmoid - self.y) / slope * dout).sum(axis=(0, 2, 3))
+        self.add_grads(slope=((self.x * sigmoid - self.y) / slope * dout).sum(axis=(0, 2, 3)))
         return sigmoid * dout
 
 

@@ -1,10 +1,12 @@
 """A person's own network, loss, augmentation, metrics and hooks: by ``fit``, by name, and what wrong ones are told."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 import cnnmpi
 from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError
-from cnnmpi.data import Dataset, read_hdf5, write_hdf5
+from cnnmpi.data import DataError, Dataset, read_hdf5, write_hdf5
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train import Config, set_up
 from cnnmpi.train.code import Code
@@ -271,6 +273,126 @@ def test_hooks_see_every_step_epoch_and_save_and_change_nothing(tmp_path):
     assert checkpoint.weights_digest(plain.model.state_dict()) == checkpoint.weights_digest(hooked.model.state_dict())
 
 
+def test_two_partials_or_lambdas_of_one_name_stay_apart(tmp_path):
+    def weighed(weight, logits, targets, reduction="sum"):
+        loss, dlogits = cnnmpi.cross_entropy_loss(logits, targets, reduction=reduction)
+        return weight * loss, np.float32(weight) * dlogits
+
+    class Light(Small):
+        recipe: ClassVar = {"loss": functools.partial(weighed, 1.0)}
+
+    light = cnnmpi.fit(Light, data=images(), out=tmp_path / "a", **QUICK)
+    heavy = cnnmpi.fit(Light, data=images(), loss=functools.partial(weighed, 9.0), out=tmp_path / "b", **QUICK)
+    assert heavy.metrics[0]["train_loss"] > 5 * light.metrics[0]["train_loss"]
+    both = {"loss": lambda z, y, reduction: weighed(1, z, y, reduction), "augment": lambda x, rng: x}
+    cnnmpi.fit(functools.partial(Light), data=images(), out=tmp_path / "c", **QUICK, **both)
+
+
+def test_what_is_ours_keeps_its_name(tmp_path):
+    data, options = images(), {**QUICK, "label_smoothing": 0.1, "max_steps": 1}
+    result = cnnmpi.fit(
+        cnnmpi.SimpleCNN, data=data, loss=cnnmpi.cross_entropy_loss, out=str(tmp_path / "run"), **options
+    )
+    assert "test_acc" in result.metrics[0]
+    attributes = checkpoint.load(tmp_path / "run" / "last.h5")[1]
+    config = json.loads(attributes["config"])
+    assert (attributes["model"], config["loss"], config["label_smoothing"]) == ("simplecnn", "cross_entropy", 0.1)
+    assert isinstance(cnnmpi.load_checkpoint(tmp_path / "run" / "last.h5"), cnnmpi.SimpleCNN)
+
+
+class Seeded(Small):
+    def __init__(self, in_channels, num_classes, seed):
+        super().__init__(num_classes)
+        self.head = cnnmpi.Linear(4, num_classes, rng=np.random.default_rng(seed))
+
+
+def test_a_network_that_needs_the_seed_comes_back_from_its_checkpoint(tmp_path):
+    result = cnnmpi.fit(Seeded, data=images(), out=tmp_path / "run", seed=2**40, **QUICK)
+    loaded = cnnmpi.load_checkpoint(result.out / "last.h5", Seeded)
+    assert loaded.info.attributes["weights_sha256"] == result.model.info.attributes["weights_sha256"]
+    assert result.model.info.attributes["step"] == 4
+    assert result.model.info.attributes["weights_sha256"] == checkpoint.weights_digest(result.model.state_dict())
+
+
+def test_a_trained_model_learns_on_with_all_its_gradients(tmp_path):
+    result = cnnmpi.fit(Small, data=images(), out=tmp_path / "run", **QUICK)
+    model = result.model
+    model.train()
+    x = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
+    dx = model.backward(model.forward(x))
+    assert dx.shape == x.shape and np.abs(dx).max() > 0
+
+
+def test_a_metric_that_writes_into_its_targets_spoils_nothing(tmp_path):
+    def spoiling(logits, targets):
+        targets *= 0
+        return 0, 1
+
+    x, y = images().train_images, np.random.default_rng(0).random((80, 3)).astype(np.float32)
+    before = y.copy()
+    cnnmpi.fit(Small, data=(x, y, x, y), metrics={"m": spoiling}, out=tmp_path / "run", **QUICK)
+    np.testing.assert_array_equal(y, before)
+
+
+def test_a_loss_that_ignores_the_reduction_is_named(tmp_path, capsys):
+    def mean(logits, targets, reduction="sum"):
+        return cnnmpi.cross_entropy_loss(logits, targets, reduction="mean")
+
+    cnnmpi.fit(Small, data=images(), loss=mean, out=tmp_path / "run", **QUICK)
+    assert "is not the sum of those of its halves" in capsys.readouterr().out
+    cnnmpi.fit(Small, data=images(), out=tmp_path / "other", **QUICK)
+    assert "halves" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "targets, loss, message",
+    [
+        (-1.0, "cross_entropy", "--loss cross_entropy needs targets of at least 0, got -1"),
+        (-1.0, "binary_cross_entropy", r"--loss binary_cross_entropy needs targets in 0\.\.1, got -1"),
+        (1.5, "binary_cross_entropy", r"--loss binary_cross_entropy needs targets in 0\.\.1, got 1.5"),
+    ],
+)
+def test_targets_that_do_not_suit_the_loss_are_refused_at_the_start(tmp_path, targets, loss, message):
+    x, y = images().train_images, np.full((80, 3), 0.5, np.float32)
+    y_test = y.copy()
+    y_test[7, 1] = targets  # of the test images: it would be met after an epoch only
+    with pytest.raises(UserError, match=message):
+        cnnmpi.fit(Small, data=(x, y, x, y_test), loss=loss, out=tmp_path / "run", **QUICK)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (lambda x, y: (x, y.astype(str), x, y), "labels must be whole numbers"),
+        (lambda x, y: (x, [None] * len(y), x, y), "labels must be whole numbers"),
+        (lambda x, y: (x, y + 20_000_000, x, y), "a label of 20000009, with fewer images"),
+        (lambda x, y: (x, y, x), "expected four arrays, x_train, y_train, x_test, y_test, got 3 of them"),
+    ],
+)
+def test_arrays_that_are_no_data_are_refused_in_one_line(arrays, message):
+    data = images()
+    with pytest.raises(DataError, match=message) as error:
+        Dataset.of(arrays(data.train_images, data.train_labels))
+    assert "\n" not in str(error.value)
+
+
+def test_a_notebook_is_told_how_it_goes_on(tmp_path, capsys):
+    def stop(run, loss):
+        run.signals.asked = True
+
+    result = cnnmpi.fit(Small, data=images(), out=tmp_path / "run", on_step=stop, **QUICK)
+    assert result == 75
+    assert f'to go on: call fit() as before, with out="{tmp_path / "run"}" and resume="auto"' in capsys.readouterr().out
+    assert cnnmpi.fit(Small, data=images(), out=tmp_path / "run", resume="auto", **QUICK) == 0
+
+
+def test_a_hook_that_freezes_layers_is_told_that_it_is_too_late(tmp_path):
+    with pytest.raises(UserError, match="layers were frozen or unfrozen during the run"):
+        cnnmpi.fit(
+            Small, data=images(), out=tmp_path / "run", on_epoch=lambda run, metrics: run.model.conv.freeze(), **QUICK
+        )
+
+
 # -- what wrong code is told -------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -312,6 +434,55 @@ WRONG = {
     """class Net(SimpleCNN):
     recipe = {"metrics": {"acc": len}}""": "metrics: 'acc' must be another name than loss and acc",
     "class Other(Model): pass": "wrong.py has no Net; it has Other",
+    """class Net(SimpleCNN):
+    recipe = [3]""": "its recipe, and the metrics in it, must be dictionaries",
+    """class Net(SimpleCNN):
+    recipe = {"metrics": [len]}""": "its recipe, and the metrics in it, must be dictionaries",
+    """class Net(SimpleCNN):
+    recipe = {"loss": mse_loss, "label_smoothing": 0.1}""": "--label-smoothing belongs to the loss cross_entropy",
+    """import numpy as np
+class Scale(Layer):
+    def __init__(self):
+        super().__init__()
+        self.add_parameter("w", np.ones(3))
+        self.setup()
+    def setup(self): pass
+    def forward(self, x): return x
+    def backward(self, dout): return dout
+class Net(SimpleCNN):
+    def __init__(self, in_channels, num_classes, image_size):
+        super().__init__(in_channels, num_classes, image_size)
+        self.features[0] = Sequential(Moving(), self.features[0])
+class Moving(Scale):
+    def backward(self, dout):
+        self.grads["w"] = np.ones(3, np.float32)
+        return dout""": r"Moving\(\) puts another array in the place of its 'w'",
+    """import numpy as np
+class Kept(Layer):
+    def __init__(self):
+        super().__init__()
+        self.add_parameter("w", np.ones(3))
+        self.w = self.params["w"]
+class Net(SimpleCNN):
+    def __init__(self, in_channels, num_classes, image_size):
+        super().__init__(in_channels, num_classes, image_size)
+        self.features[0] = Sequential(Kept(), self.features[0])""": r"Kept\(\) keeps its 'w' as self\.w too",
+    """import numpy as np
+class Bare(Layer):
+    def __init__(self):
+        super().__init__()
+        self.params["w"] = np.ones(3)
+class Net(SimpleCNN):
+    def __init__(self, in_channels, num_classes, image_size):
+        super().__init__(in_channels, num_classes, image_size)
+        self.features[0] = Bare()""": r"w has no gradient: define it by add_parameter\(\)",
+    """import numpy as np
+class Net(SimpleCNN):
+    def __init__(self, in_channels, num_classes, image_size):
+        super().__init__(in_channels, num_classes, image_size)
+        self.shift = np.random.standard_normal()
+    def forward(self, x): return super().forward(x) + np.float32(self.shift)
+    def backward(self, dout): return super().backward(dout)""": "two networks built with the same seed",
 }
 
 
@@ -322,6 +493,19 @@ def test_a_network_that_cannot_be_trained_is_told_why_in_one_line(tmp_path, monk
     with pytest.raises(UserError, match=message) as error:
         set_up(Config(model="wrong.py:Net", out=tmp_path / "run", **QUICK), Ranks(), data=images())
     assert "\n" not in str(error.value)
+
+
+class Normed(Small):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.drop = cnnmpi.BatchNorm(4)
+
+
+def test_a_last_shard_too_small_for_batch_norm_is_known_before_the_first_step(tmp_path):
+    few = {**QUICK, "batch_size": 39}  # 80 images: 2 in the last batch, so that two shards have one and two none
+    with pytest.raises(UserError, match=r"fails on images \(1, 3, 16, 16\): ValueError: drop BatchNorm\(4\)"):
+        cnnmpi.fit(Normed, data=images(), out=tmp_path / "run", **few)
+    assert cnnmpi.fit(Normed, data=images(), out=tmp_path / "run", **QUICK) == 0
 
 
 def test_what_is_no_network_is_refused_by_name(tmp_path):
@@ -335,6 +519,9 @@ def test_what_is_no_network_is_refused_by_name(tmp_path):
             set_up(Config(model=model, out=tmp_path / "run"), Ranks(), data=images())
     with pytest.raises(UserError, match="needs the class Small, not an object of it"):
         cnnmpi.fit(Small(), data=images())
+    for network, settings in ((None, {}), (3, {}), (Small, {"model": "simplecnn"})):
+        with pytest.raises(UserError, match=r"fit\(\) needs a network first"):
+            cnnmpi.fit(network, data=images(), **settings)
     with pytest.raises(UserError, match="got learning_rate, which are no settings"):
         cnnmpi.fit(Small, data=images(), learning_rate=0.1)
     with pytest.raises(UserError, match=r"images must be uint8, or floats in 0\.\.1, got int64"):
@@ -352,6 +539,12 @@ def test_what_is_no_network_is_refused_by_name(tmp_path):
         ({"augment": lambda x, rng: None}, "the augmentation .* returned NoneType"),
         ({"metrics": {"m": lambda z, y: 3}}, r"the metric m returned 3; expected \(sum, count\)"),
         ({"metrics": {"m": 3}}, "metrics: 'm' must be"),
+        ({"metrics": [len]}, r"metrics must be a dictionary \{name: function\}, got a list"),
+        ({"metrics": {"m": lambda z, y: (np.nan, 1)}}, r"the metric m returned \(nan, 1\.0\); expected finite numbers"),
+        ({"model_options": {"width": np.int64(3)}}, "--model-options must be what JSON can hold"),
+        ({"model_options": {"width": float("inf")}}, "--model-options must be what JSON can hold"),
+        ({"model_options": {"seed": 3}}, "--model-options cannot set seed"),
+        ({"model_options": {"num_classes": 3}}, "--model-options cannot set num_classes"),
         ({"on_step": lambda run, loss: 3}, "the on_step hook .* returned 3; a hook returns nothing"),
         ({"on_save": 3}, "on_save: expected a function, got a int"),
         ({"loss": "nowhere"}, "--loss must be one of cross_entropy, binary_cross_entropy, mse, or FILE.py:FUNCTION"),
@@ -368,7 +561,9 @@ def test_code_that_returns_nonsense_is_named(tmp_path, parts, message):
 
 def test_an_error_of_a_persons_code_keeps_its_traceback(tmp_path):
     def loss(logits, targets, reduction):
-        raise ZeroDivisionError("mine")
+        if len(targets) > 4:  # in the first step: the trial before it has fewer
+            raise ZeroDivisionError("mine")
+        return cnnmpi.cross_entropy_loss(logits, targets, reduction=reduction)
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         cnnmpi.fit(Small, data=images(), loss=loss, out=tmp_path / "run", **QUICK)
@@ -395,7 +590,7 @@ def test_a_checkpoint_names_its_network_and_takes_no_other(here, tmp_path):
     run = set_up(Config(model="net.py:Net", data="data.h5", out=tmp_path / "run", max_steps=1), Ranks(), code)
     assert run.run() == 0
     path = tmp_path / "run" / "last.h5"
-    net, wide = type(run.model), code.find("--model", "net.py:Wide", {}, "CLASS")
+    net, wide = type(run.model), code.find("model", "net.py:Wide")
     attributes = checkpoint.load(path)[1]
     sources = json.loads(attributes["sources"])
     assert attributes["model"] == "net.py:Net" and set(sources) == {"model", "loss", "augment"}

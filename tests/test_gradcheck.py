@@ -94,45 +94,45 @@ class Faulty(L.Linear):
         return self.wrong(dout, x, W)
 
     def wrong(self, dout: Any, x: Any, W: Any) -> Any:
-        self._add_grads(weight=dout.T @ x, bias=dout.sum(0))
+        self.add_grads(weight=dout.T @ x, bias=dout.sum(0))
         return dout @ W
 
 
 class Overwrites(Faulty):
     def wrong(self, dout, x, W):
         self.grads["weight"][...] = dout.T @ x
-        self._add_grads(bias=dout.sum(0))
+        self.add_grads(bias=dout.sum(0))
         return dout @ W
 
 
 class Rebinds(Faulty):
     def wrong(self, dout, x, W):
         self.grads["bias"] = dout.sum(0)
-        self._add_grads(weight=dout.T @ x)
+        self.add_grads(weight=dout.T @ x)
         return dout @ W
 
 
 class Twice(Faulty):
     def wrong(self, dout, x, W):
-        self._add_grads(weight=2 * dout.T @ x, bias=dout.sum(0))
+        self.add_grads(weight=2 * dout.T @ x, bias=dout.sum(0))
         return dout @ W
 
 
 class Transposed(Faulty):
     def wrong(self, dout, x, W):
-        self._add_grads(weight=x.T @ dout, bias=dout.sum(0))
+        self.add_grads(weight=x.T @ dout, bias=dout.sum(0))
         return dout @ W
 
 
 class NoBias(Faulty):
     def wrong(self, dout, x, W):
-        self._add_grads(weight=dout.T @ x)
+        self.add_grads(weight=dout.T @ x)
         return dout @ W
 
 
 class TransposedInput(Faulty):
     def wrong(self, dout, x, W):
-        self._add_grads(weight=dout.T @ x, bias=dout.sum(0))
+        self.add_grads(weight=dout.T @ x, bias=dout.sum(0))
         return dout @ W.T
 
 
@@ -199,7 +199,7 @@ class Infinite(Faulty):
 class NoGradient(Faulty):
     def __init__(self):
         super().__init__()
-        self._add_array(self.params, "scale", np.ones(3), np.float32)
+        self.params["scale"] = np.ones(3, np.float32)
 
 
 NUMBER = r"-?\d[\d.e-]*"

@@ -25,6 +25,19 @@ def test_a_hook_runs_on_rank_0_or_on_all_as_it_says(ranks, shared_tmp):
     assert called.count("all") == 2 and called.count("one") == (2 if ranks.rank == 0 else 0)
 
 
+def test_a_method_can_be_marked_too():
+    class Watch:
+        seen = 0
+
+        def look(self, run, loss):
+            self.seen += 1
+
+    watch = Watch()
+    marked = cnnmpi.on_all_ranks(watch.look)
+    marked(None, 0.0)
+    assert watch.seen == 1 and marked.on_all_ranks
+
+
 @pytest.mark.mpi(min_size=2)
 def test_a_hook_that_changes_the_weights_of_one_rank_is_noticed(ranks, shared_tmp):
     def spoil(run, loss):

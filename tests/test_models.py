@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+import cnnmpi
 from cnnmpi import layers as L
 from cnnmpi import optim
 from cnnmpi.functional import cross_entropy_loss
@@ -523,3 +524,57 @@ def test_an_optimizer_from_before_a_freeze_raises_and_unfreeze_gives_the_gradien
     model.forward(np.ones((2, 3, 8, 8), np.float32))
     model.backward(np.ones((2, 10), np.float32))
     assert all(np.abs(grad).max() > 0 for _, grad in model.parameters())
+
+
+def test_unfreeze_leaves_what_was_not_frozen_to_its_optimizer():
+    model = SimpleCNN(image_size=8)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    model.unfreeze()
+    before = model.state_dict()
+    model.forward(np.ones((2, 3, 8, 8), np.float32))
+    model.backward(np.ones((2, 10), np.float32))
+    optimizer.step()
+    assert all((array != before[name]).any() for name, array in model.state_dict().items())
+
+
+def test_a_body_that_is_unfrozen_after_training_learns():
+    model = frozen_body()
+    model.skip_input_grad()  # as the trainer does
+    model.unfreeze()
+    model.forward(np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32))
+    model.backward(np.ones((2, 10), np.float32))
+    assert all(np.abs(grad).max() > 0 for _, grad in model.parameters())
+
+
+class Doubled(Model):
+    """y = f(2 x), hence dx = 2 f'(dout): by the chain's own forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = L.Linear(3, 2)
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+    def backward(self, dout):
+        return 2 * super().backward(dout)
+
+
+class Skip(L.Sequential):
+    """A Residual of a person's own."""
+
+    def forward(self, x):
+        return super().forward(x) + x
+
+    def backward(self, dout):
+        return super().backward(dout) + dout
+
+
+def test_containers_and_models_can_be_extended_in_both_directions():
+    cnnmpi.check_gradients(Doubled(), (4, 3))
+    cnnmpi.check_gradients(Skip(L.Linear(3, 3)), (4, 3))
+    chain = L.Sequential(Skip(L.Linear(3, 3)), L.Linear(3, 2))
+    chain.skip_input_grad()
+    chain.backward(chain.forward(np.ones((4, 3), np.float32)))
+    with pytest.raises(TypeError, match="expected layers, one after another, got a int"):
+        chain[0] = 5

@@ -1,6 +1,7 @@
 """Image files of all kinds, also broken ones, and what ``cnnmpi.predict`` says of them."""
 
 import io
+import json
 import os
 import re
 import struct
@@ -364,3 +365,23 @@ def test_what_cannot_predict_is_refused_in_one_line(model, tmp_path, capsys):
         assert main([str(each) for each in arguments]) == 2
         out, err = capsys.readouterr()
         assert not out and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "nets.py:mine", "binary_cross_entropy", "mse", 3, None])
+def test_what_is_printed_is_what_the_model_was_trained_to_give(tmp_path, capsys, model, loss):
+    path, net = model
+    arrays, attributes = checkpoint.load(path)
+    config = json.dumps({"loss": loss}) if loss else "no JSON"
+    checkpoint.save(path, arrays, attributes | {"classes": list("abcd"), "config": config})
+    image = saved(tmp_path / "a.png", Image.fromarray(picture(28, 20)))
+    channels = len(attributes["mean"])
+    pixels = read_image(image, channels)
+    logits = net.forward(normalize(pixels.transpose(2, 0, 1)[None], [MEAN] * channels, [STD] * channels))[0]
+    assert main([str(path), str(image), "--top", "4"]) == 0
+    printed = dict(re.findall(r"(\w) (\S+?)%?(?=  |$)", capsys.readouterr().out.split(": ")[1].strip()))
+    expected = {
+        "binary_cross_entropy": 100 / (1 + np.exp(-logits)),
+        "mse": logits,
+    }.get(loss, 100 * softmax(logits))
+    for name, value in zip("abcd", expected, strict=True):
+        assert float(printed[name]) == pytest.approx(float(value), abs=0.06, rel=0.006), "as rounded for people"

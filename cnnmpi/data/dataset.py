@@ -44,7 +44,8 @@ class Dataset:
         try:
             x_train, y_train, x_test, y_test = map(np.asarray, arrays)
         except (TypeError, ValueError):
-            raise DataError(f"{source}: expected x_train, y_train, x_test, y_test, got {arrays!r:.60}") from None
+            given = f"{len(arrays)} of them" if isinstance(arrays, tuple | list) else f"a {type(arrays).__name__}"
+            raise DataError(f"{source}: expected four arrays, x_train, y_train, x_test, y_test, got {given}") from None
         images = []
         for x in (x_train, x_test):
             if x.dtype.kind == "f":
@@ -54,9 +55,13 @@ class Dataset:
             elif x.dtype != np.uint8:
                 raise DataError(f"{source}: images must be uint8, or floats in 0..1, got {x.dtype}")
             images.append(nchw(nhwc(x.astype(np.uint8))) if x.ndim == 4 else x)
+        if wrong := [y.dtype for y in (y_train, y_test) if y.dtype.kind not in "biuf"]:
+            raise DataError(f"{source}: labels must be whole numbers (N,), or targets floats (N, K), got {wrong[0]}")
         targets = [y.astype(np.float32 if y.dtype.kind == "f" else np.int64) for y in (y_train, y_test)]
         floats = targets[0].ndim == 2
         count = targets[0].shape[1] if floats else 1 + int(max((y.max() for y in targets if y.size), default=0))
+        if not floats and count > max(1000, len(y_train) + len(y_test)):
+            raise DataError(f"{source}: a label of {count - 1}, with fewer images: number the classes from 0")
         dataset = cls(images[0], targets[0], images[1], targets[1], tuple(map(str, range(max(count, 1)))), source)
         dataset.check(source)
         return dataset

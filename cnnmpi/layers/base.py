@@ -1,6 +1,7 @@
 """What every layer is: parameters, gradients, buffers, children, and the cache between forward and backward."""
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -21,8 +22,10 @@ class Layer:
     RuntimeError without. Between the two, x must stay as it is; a y that backward needs cannot be changed in place.
 
     A layer owns its arrays. They are replaced only where the whole model moves (``Model.to_torch``, ``Model.astype``,
-    ``FlatArrays``); an optimizer over arrays that were replaced raises at its next step. Copies (``copy.deepcopy``,
-    ``pickle``) have arrays of their own, and begin without a forward.
+    ``FlatArrays``); an optimizer over arrays that were replaced raises at its next step. So a layer of your own defines
+    them by ``add_parameter`` and ``add_buffer``, takes ``self.params["w"]`` wherever it needs one, writes into it but
+    never puts another in its place, and adds to gradients by ``add_grads``. Copies (``copy.deepcopy``, ``pickle``) have
+    arrays of their own, and begin without a forward.
     """
 
     F: ModuleType = functional
@@ -87,6 +90,10 @@ class Layer:
     def named_parameters(self) -> dict[str, Pair]:
         """Return {dotted name: (parameter, gradient)} of all that learn, named as the equivalent torch module does."""
         learning = [(at, layer) for at, layer in self.walk() if not layer.frozen]
+        for _, layer in learning:
+            if missing := layer.params.keys() - layer.grads.keys():
+                names = ", ".join(sorted(missing))
+                raise ValueError(f"{layer._label()}: {names} has no gradient: define it by add_parameter()")
         return {_join(at, key): (layer.params[key], layer.grads[key]) for at, layer in learning for key in layer.params}
 
     def named_arrays(self) -> dict[str, Array]:
@@ -122,6 +129,11 @@ class Layer:
         """Let backward leave dx out (None): nothing before this layer learns. Layers may compute it all the same."""
         self.input_grad = False
 
+    def give_input_grad(self) -> None:
+        """Let backward give dx again, of this layer and all inside it."""
+        for _, layer in self.walk():
+            layer.input_grad = True
+
     def freeze(self) -> None:
         """Let this layer and all inside it stay as they are: a fine-tuned model's body, for instance.
 
@@ -135,12 +147,13 @@ class Layer:
             layer.frozen = True
 
     def unfreeze(self) -> None:
-        """Let this layer and all inside it learn again; make the optimizer after that."""
+        """Let this layer and all inside it learn again, if they were frozen; make the optimizer after that."""
         for _, layer in self.walk():
-            layer.frozen = type(layer).frozen
-            if not layer.frozen:
+            if layer.frozen and not type(layer).frozen:
+                layer.frozen = False
                 layer.grads = {key: 1 * param for key, param in layer.params.items()}  # of its engine and layout
-        self.zero_grad()
+                layer.zero_grad()
+        self.give_input_grad()
 
     # -- moving and copying ------------------------------------------------------------------------------------------
 
@@ -182,17 +195,17 @@ class Layer:
         """Drop what was computed from the arrays that the layer has had."""
         self._cache = None
 
-    def _add_parameter(self, key: str, value: np.ndarray[Any, Any], dtype: Any) -> None:
-        """Define the parameter ``key`` and its gradient."""
-        self._add_array(self.params, key, value, dtype)
-        self._add_array(self.grads, key, np.zeros(value.shape), dtype)
+    def add_parameter(self, key: str, value: np.ndarray[Any, Any], dtype: Any = np.float32) -> None:
+        """Define the parameter ``key``, which starts with this value, and its gradient."""
+        self.params[key] = _array(value, dtype)
+        self.grads[key] = _array(np.zeros(np.shape(value)), dtype)
 
-    def _add_array(self, arrays: dict[str, Array], key: str, value: np.ndarray[Any, Any], dtype: Any) -> None:
-        """Define ``arrays[key]``, with this value; 4-D arrays are channels-last in memory."""
-        arrays[key] = functional.channels_last_view(np.empty(value.size, dtype), value.shape)
-        arrays[key][...] = value
+    def add_buffer(self, key: str, value: np.ndarray[Any, Any], dtype: Any = np.float32) -> None:
+        """Define the buffer ``key``, which starts with this value: kept with the parameters, but not learned."""
+        self.buffers[key] = _array(value, dtype)
 
-    def _add_grads(self, **grads: Array | None) -> None:
+    def add_grads(self, **grads: Array | None) -> None:
+        """Add to the gradients of these parameters, unless the layer is frozen; None adds nothing."""
         for key, grad in grads.items():
             if grad is not None and not self.frozen:
                 self.grads[key] += grad
@@ -239,6 +252,14 @@ class Layer:
     def _options(self) -> str:
         """The arguments to show in repr."""
         return ""
+
+
+def _array(value: np.ndarray[Any, Any], dtype: Any) -> Array:
+    """Return an array of this value; 4-D arrays are channels-last in memory."""
+    shape = np.shape(value)
+    array = functional.channels_last_view(np.empty(math.prod(shape), dtype), shape)
+    array[...] = value
+    return array
 
 
 def _join(prefix: str, key: str) -> str:

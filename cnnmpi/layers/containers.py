@@ -47,12 +47,7 @@ class _Several(Layer):
 
     def __init__(self, *layers: Layer) -> None:
         super().__init__()
-        for layer in layers:
-            if not isinstance(layer, Layer):
-                kind = type(layer).__name__
-                raise TypeError(f"{type(self).__name__}: expected layers, one after another, got a {kind}")
-        self.layers = layers
-        self._rename(self.name)
+        self._take(layers)
 
     def __getitem__(self, index: int) -> Layer:
         return self.layers[index]
@@ -60,8 +55,7 @@ class _Several(Layer):
     def __setitem__(self, index: int, layer: Layer) -> None:
         layers = list(self.layers)
         layers[index] = layer
-        self.layers = tuple(layers)
-        self._rename(self.name)
+        self._take(layers)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -71,6 +65,14 @@ class _Several(Layer):
         for index, layer in enumerate(self.layers):
             yield str(index), layer
         yield from super().children()
+
+    def _take(self, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            if not isinstance(layer, Layer):
+                kind = type(layer).__name__
+                raise TypeError(f"{type(self).__name__}: expected layers, one after another, got a {kind}")
+        self.layers = tuple(layers)
+        self._rename(self.name)
 
     def _options(self) -> str:
         return ", ".join(map(repr, self.layers))
@@ -94,7 +96,8 @@ class Sequential(_Several):
 
     def skip_input_grad(self) -> None:
         """Spare what the layers up to the first that learns can spare."""
-        chain_skip_input_grad(self.layers)
+        if type(self).backward is Sequential.backward:
+            chain_skip_input_grad(self.layers)
 
 
 class Concat(_Several):
@@ -125,8 +128,9 @@ class Concat(_Several):
 
     def skip_input_grad(self) -> None:
         """Spare what each branch can spare."""
-        for branch in self.layers:
-            branch.skip_input_grad()
+        if type(self).backward is Concat.backward:
+            for branch in self.layers:
+                branch.skip_input_grad()
 
 
 class Residual(Layer):

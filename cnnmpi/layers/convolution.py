@@ -50,9 +50,9 @@ class _Learned(Convolution):
             raise ValueError(f"{name}: {error}") from None
 
     def _add_weights(self, weight: Array, bias: bool, dtype: Any) -> None:
-        self._add_parameter("weight", weight, dtype)
+        self.add_parameter("weight", weight, dtype)
         if bias:
-            self._add_parameter("bias", np.zeros(self.out_c), dtype)
+            self.add_parameter("bias", np.zeros(self.out_c), dtype)
 
     def _convolve(self, op: Any, x: Array, **options: Any) -> Array:
         self._expect(x, "N", self.in_c, "H", "W")
@@ -64,7 +64,7 @@ class _Learned(Convolution):
 
     def _convolve_backward(self, op: Any, dout: Array) -> Array:
         dx, dW, db = op(dout, self._taken(dout), input_grad=self.input_grad, weight_grad=not self.frozen)
-        self._add_grads(weight=dW, bias=db)
+        self.add_grads(weight=dW, bias=db)
         return dx
 
     def _options(self) -> str:
@@ -175,7 +175,7 @@ class Whitening(Convolution):
         if not (kH % 2 and kW % 2):
             raise ValueError(f"Whitening: the kernel size must be odd, got {k}")
         self.padding = (kH // 2, kW // 2)
-        self._add_array(self.buffers, "weight", functional.whitening((out_c, in_c, kH, kW)), dtype)
+        self.add_buffer("weight", functional.whitening((out_c, in_c, kH, kW)), dtype)
 
     def forward(self, x: Array) -> Array:
         """Return y (N, out_c, H, W) for ``x`` (N, in_c, H, W)."""

@@ -26,9 +26,9 @@ class Linear(Layer):
         self.in_features = in_features = whole("Linear: in_features", in_features)
         self.out_features = out_features = whole("Linear: out_features", out_features)
         rng = rng or for_first_draws()
-        self._add_parameter("weight", functional.kaiming_normal(rng, (out_features, in_features)), dtype)
+        self.add_parameter("weight", functional.kaiming_normal(rng, (out_features, in_features)), dtype)
         if bias:
-            self._add_parameter("bias", np.zeros(out_features), dtype)
+            self.add_parameter("bias", np.zeros(out_features), dtype)
 
     def forward(self, x: Array) -> Array:
         """(N, in_features) -> (N, out_features)."""
@@ -38,7 +38,7 @@ class Linear(Layer):
     def backward(self, dout: Array) -> Array:
         """(N, out_features) -> (N, in_features)."""
         dx, dW, db = self.F.linear_backward(dout, self._taken(dout))
-        self._add_grads(weight=dW, bias=db)
+        self.add_grads(weight=dW, bias=db)
         return dx
 
     def _options(self) -> str:
@@ -63,10 +63,10 @@ class BatchNorm(Layer):
         super().__init__()
         self.num_features = num_features = whole("BatchNorm: num_features", num_features)
         self.eps, self.momentum, self.relu = eps, momentum, relu
-        self._add_parameter("weight", np.ones(num_features), dtype)
-        self._add_parameter("bias", np.zeros(num_features), dtype)
-        self._add_array(self.buffers, "running_mean", np.zeros(num_features), dtype)
-        self._add_array(self.buffers, "running_var", np.ones(num_features), dtype)
+        self.add_parameter("weight", np.ones(num_features), dtype)
+        self.add_parameter("bias", np.zeros(num_features), dtype)
+        self.add_buffer("running_mean", np.zeros(num_features), dtype)
+        self.add_buffer("running_var", np.ones(num_features), dtype)
 
     def forward(self, x: Array) -> Array:
         """Return y, normalised, scaled and shifted: of the shape of ``x``.
@@ -93,7 +93,7 @@ class BatchNorm(Layer):
     def backward(self, dout: Array) -> Array:
         """Return dx, the gradient by the input, of its shape; add those by weight and bias to their gradients."""
         dx, dW, db = self.F.batch_norm_backward(dout, self._taken(dout))
-        self._add_grads(weight=dW, bias=db)
+        self.add_grads(weight=dW, bias=db)
         return dx
 
     def _options(self) -> str:
@@ -113,8 +113,8 @@ class GroupNorm(Layer):
         self.num_channels = num_channels = whole("GroupNorm: num_channels", num_channels)
         check_groups("GroupNorm", num_groups, num_channels)
         self.eps = eps
-        self._add_parameter("weight", np.ones(num_channels), dtype)
-        self._add_parameter("bias", np.zeros(num_channels), dtype)
+        self.add_parameter("weight", np.ones(num_channels), dtype)
+        self.add_parameter("bias", np.zeros(num_channels), dtype)
 
     def forward(self, x: Array) -> Array:
         """Return y, normalised, scaled and shifted: of the shape of ``x``."""
@@ -125,7 +125,7 @@ class GroupNorm(Layer):
     def backward(self, dout: Array) -> Array:
         """Return dx, the gradient by the input, of its shape; add those by weight and bias to their gradients."""
         dx, dW, db = self.F.group_norm_backward(dout, self._taken(dout))
-        self._add_grads(weight=dW, bias=db)
+        self.add_grads(weight=dW, bias=db)
         return dx
 
     def _options(self) -> str:

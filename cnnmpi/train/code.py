@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 import sysconfig
 import traceback
@@ -17,9 +18,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from cnnmpi import functional
 from cnnmpi.distributed import UserError
+from cnnmpi.models import MODELS
 
-OURS = Path(__file__).parents[1]
+LOSSES = {
+    "cross_entropy": functional.cross_entropy_loss,
+    "binary_cross_entropy": functional.binary_cross_entropy_loss,
+    "mse": functional.mse_loss,
+}
+OURS: dict[str, Mapping[str, Any]] = {"model": MODELS, "loss": LOSSES, "augment": {}}  # what the settings can name
+PACKAGE = Path(__file__).parents[1]
 PYTHON, INSTALLED = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
 _importing: list[str] = []  # what is being imported: a script that trains while it is imported is told so
 
@@ -34,35 +43,41 @@ class Code:
         self.given = dict(given or {})
         self.used: dict[str, Any] = {}
 
-    def name(self, thing: Any) -> str:
-        """Return the name of a class or function, under which it can be found from now on; a name stays as it is."""
+    def name(self, setting: str, thing: Any) -> str:
+        """Return the name of a class or function, under which it can be found from now on; a name stays as it is.
+
+        What is one of OURS has its name there. Several of one name, such as partials of one function, are numbered.
+        """
         if isinstance(thing, str):
             return thing
-        called = getattr(thing, "__qualname__", None) or type(thing).__qualname__
-        file = source_file(thing)
-        module = getattr(thing, "__module__", "")
+        for name, known in itertools.chain(OURS[setting].items(), self.given.items()):
+            if known == thing:
+                return name
+        inner, file = _unwrapped(thing), source_file(thing)
+        module = inner.__module__
         loose = module == "__main__" or getattr(sys.modules.get(module), "__cnnmpi_spec__", None)
-        name = f"{_shown(file) if file and loose else module}:{called}"
+        plain = name = f"{_shown(file) if file and loose else module}:{inner.__qualname__}"
+        numbers = itertools.count(2)
+        while name in self.given:
+            name = f"{plain}#{next(numbers)}"
         self.given[name] = thing
         return name
 
-    def find(self, setting: str, name: str, ours: Mapping[str, Any], kind: str) -> Any:
-        """Return what ``name`` means: handed over, one of ``ours``, or imported. Raises UserError naming the setting.
-
-        ``kind`` is the word for it, such as "class".
-        """
+    def find(self, setting: str, name: str) -> Any:
+        """Return what ``name`` means: handed over, one of OURS, or imported. Raises UserError naming the setting."""
+        ours, kind = OURS[setting], "CLASS" if setting == "model" else "FUNCTION"
         if name in self.given:
             found = self.given[name]
         elif name in ours:
             return ours[name]
         elif ":" in name:
-            found = _imported(setting, name)
+            found = _imported(f"--{setting}", name)
         else:
             known = f"one of {', '.join(ours)}, or " if ours else ""
-            raise UserError(f"{setting} must be {known}FILE.py:{kind} or MODULE:{kind}, got {name!r}")
+            raise UserError(f"--{setting} must be {known}FILE.py:{kind} or MODULE:{kind}, got {name!r}")
         if not callable(found):
-            raise UserError(f"{setting} {name}: expected a {kind.lower()}, got a {type(found).__name__}")
-        self.used[setting.removeprefix("--")] = found
+            raise UserError(f"--{setting} {name}: expected a {kind.lower()}, got a {type(found).__name__}")
+        self.used[setting] = found
         return found
 
     def sources(self) -> dict[str, str]:
@@ -105,7 +120,7 @@ def reason(error: BaseException) -> str:
         text, where = error.msg, f" ({error.filename}, line {error.lineno})"
     else:
         trace = traceback.extract_tb(error.__traceback__)
-        frames = [frame for frame in trace if not _lies_in(frame.filename, OURS, PYTHON)]
+        frames = [frame for frame in trace if not _lies_in(frame.filename, PACKAGE, PYTHON)]
         theirs = [frame for frame in frames if not _lies_in(frame.filename, INSTALLED)]
         for frame in (theirs or frames)[-1:]:
             where = f" ({_shown(Path(frame.filename))}, line {frame.lineno})"

@@ -20,7 +20,7 @@ import tyro
 from cnnmpi.common.text import read_json
 from cnnmpi.distributed import UserError
 from cnnmpi.models import MODELS
-from cnnmpi.train.code import Code
+from cnnmpi.train.code import OURS, Code
 
 JSON_OBJECT = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
@@ -126,19 +126,21 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 PROGRAM = "cnnmpi.train"
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
-CODE = ("model", "loss", "augment")  # the settings that may name a person's code
+CODE = tuple(OURS)  # the settings that may name a person's code
 
 
 def recipe_of(config: Config, code: Code) -> dict[str, Any]:
     """Return the settings that suit the network of ``config``, without its metrics. Raises UserError for others."""
     name = config.model or DEFAULTS["model"]
-    network = code.find("--model", name, MODELS, "CLASS")
-    recipe = {key: value for key, value in getattr(network, "recipe", {}).items() if key != "metrics"}
+    recipe = getattr(code.find("model", name), "recipe", {})
+    if not isinstance(recipe, Mapping) or not isinstance(recipe.get("metrics", {}), Mapping):
+        raise UserError(f"--model {name}: its recipe, and the metrics in it, must be dictionaries")
+    recipe = {key: value for key, value in recipe.items() if key != "metrics"}
     fields = {item.name for item in dataclasses.fields(Experiment)} - {"model"}
     if unknown := sorted(recipe.keys() - fields):
         known = ", ".join(sorted({*fields, "metrics"}))
         raise UserError(f"--model {name}: its recipe has {', '.join(unknown)}; the settings are {known}")
-    return recipe | {key: code.name(recipe[key]) for key in CODE if recipe.get(key) is not None}
+    return recipe | {key: code.name(key, recipe[key]) for key in CODE if recipe.get(key) is not None}
 
 
 def with_defaults(config: Config, code: Code) -> Config:
@@ -148,7 +150,7 @@ def with_defaults(config: Config, code: Code) -> Config:
     optimizer = config.optimizer or defaults["optimizer"]
     if optimizer in ("adam", "adamw") and not ("lr" in recipe and recipe.get("optimizer") == optimizer):
         defaults["lr"] = ADAM_LR
-    if config.loss not in (None, "cross_entropy"):
+    if config.loss not in (None, "cross_entropy"):  # the recipe's smoothing is for the recipe's loss
         defaults["label_smoothing"] = 0.0
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     name = (config.model or "").rpartition(":")[2]
@@ -158,14 +160,29 @@ def with_defaults(config: Config, code: Code) -> Config:
 def resolve(config: Config, code: Code) -> Config:
     """Fill in what was left out and check every value. Raises UserError naming the flag."""
     check_kinds(config)
+    config = with_defaults(config, code)
     if config.loss not in (None, "cross_entropy") and config.label_smoothing:
         raise UserError(f"--label-smoothing belongs to the loss cross_entropy: leave it out with --loss {config.loss}")
-    config = with_defaults(config, code)
+    if config.model_options is not None:
+        config = dataclasses.replace(config, model_options=_plain_options(config.model_options))
     check_kinds(config)  # also of what came from a recipe
     numpys = {name: value.item() for name, value in vars(config).items() if isinstance(value, np.generic)}
     config = dataclasses.replace(config, **numpys)  # with Python's numbers, which TOML and JSON know
     check_ranges(config)
     return config
+
+
+def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options of a network as JSON, and so a checkpoint, gives them back. Raises UserError for others."""
+    if taken := sorted({"in_channels", "num_classes", "image_size", "seed"} & options.keys()):
+        raise UserError(
+            f"--model-options cannot set {', '.join(taken)}: the data give the first three, --seed the last"
+        )
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(options, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--model-options must be what JSON can hold, got {options!r:.100}: {error}") from None
+    return plain
 
 
 def check_kinds(config: Config) -> None:

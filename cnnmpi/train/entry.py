@@ -65,15 +65,16 @@ def fit(
     """Train a network of your own with all that ``python -m cnnmpi.train`` has, on all ranks that mpirun started.
 
     In a script that is the main program, its command line is read, and prevails over what is given here: end it with
-    ``sys.exit(cnnmpi.fit(Net, ...))``, below ``if __name__ == "__main__"``. Elsewhere, as in a notebook, none is read
-    unless ``argv`` is given, and what is wrong raises UserError.
+    ``sys.exit(cnnmpi.fit(Net, ...))``, below ``if __name__ == "__main__"``. Elsewhere, as in a notebook, none is read,
+    and what is wrong raises UserError. With ``argv`` it is as in a script: an error ends the program.
 
     Args:
         network: a subclass of ``Model``. Of in_channels, num_classes, image_size and seed its constructor gets those
             that it has arguments for. Its attribute ``recipe`` holds settings and metrics that suit it.
         data: what ``--data`` takes; or a Dataset; or arrays x_train, y_train, x_test, y_test: images (N, C, H, W),
             uint8 or floats in 0..1, and labels (N,) or targets (N, K).
-        loss: a function ``loss(logits, targets, reduction="sum") -> (loss, dlogits)``, or its name.
+        loss: a function ``loss(logits, targets, reduction="sum") -> (loss, dlogits)``, or its name. It gets NumPy
+            arrays, or with ``backend="torch"`` tensors, and its ``dlogits`` are of that kind, too.
         augment: a function ``augment(images, rng) -> images`` of batches (n, C, H, W); see ``DataLoader``.
         metrics: {name: function ``(logits, targets) -> (sum, count)``}; reported are sums over all images, divided.
         on_step: a hook, or several: see ``train.hooks``.
@@ -93,8 +94,14 @@ def fit(
         if isinstance(network, Model):
             kind = type(network).__name__
             raise UserError(f"fit() needs the class {kind}, not an object of it: the data say how many classes it has")
+        if not (callable(network) or isinstance(network, str)) or "model" in settings:
+            raise UserError("fit() needs a network first: a class, or its name as --model takes it; and only there")
         named = {"model": network, "loss": loss, "augment": augment}
-        config = {key: code.name(value) for key, value in named.items() if value is not None} | settings
+        config = {key: code.name(key, value) for key, value in named.items() if value is not None} | settings
+        if isinstance(settings.get("out"), str):
+            config["out"] = Path(settings["out"])
+        if not isinstance(metrics or {}, Mapping):
+            raise UserError(f"metrics must be a dictionary {{name: function}}, got a {type(metrics).__name__}")
         if isinstance(data, str | Path):
             config["data"] = str(data)
         if unknown := sorted(config.keys() - {item.name for item in dataclasses.fields(Config)}):
@@ -158,13 +165,17 @@ def _run(
         else:
             data = None
         run = set_up(config, ranks, code, data=data, signals=signals, watchdog=watchdog, **parts)
-        own = f" --model {run.config.model}" if command == MODULE and ":" in (run.config.model or "") else ""
-        run.command = command + own
+        if data is not None and command == MODULE:
+            run.how_to_resume = f'call fit() as before, with out="{run.out}" and resume="auto"'
+        else:
+            own = f" --model {run.config.model}" if command == MODULE and ":" in (run.config.model or "") else ""
+            run.how_to_resume = f"{command}{own} --resume --out {run.out}"
         if threading.current_thread() is threading.main_thread():
             signals.heed()  # until here a signal has ended the process: nothing could be lost
         ended = run.run()
     run.model.eval()
-    run.model.info = Info.of(run.attributes)
+    run.model.give_input_grad()
+    run.model.info = Info.of(run.describe())
     return Result.of(ended, run)
 
 

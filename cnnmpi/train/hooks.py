@@ -1,5 +1,6 @@
 """Functions of a person's that a run calls: after each step, each epoch and each save."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -13,8 +14,13 @@ def on_all_ranks(hook: Hook) -> Hook:
 
     It must do the same on each: what it changes in the weights is compared between the ranks, as after any step.
     """
-    hook.on_all_ranks = True  # type: ignore[attr-defined]
-    return hook
+
+    @functools.wraps(hook)  # a bound method takes no attributes of its own
+    def everywhere(run: Any, argument: Any) -> None:
+        return hook(run, argument)
+
+    everywhere.on_all_ranks = True  # type: ignore[attr-defined]
+    return everywhere  # type: ignore[return-value]
 
 
 class Hooks:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from cnnmpi.common.arrays import Array
 from cnnmpi.data import Dataset
 from cnnmpi.distributed import UserError
 from cnnmpi.functional import accuracy, label_accuracy, top5_accuracy
-from cnnmpi.train.code import Code
+from cnnmpi.train.code import LOSSES, Code
 from cnnmpi.train.config import Config
 
 Loss = Callable[..., tuple[float, Any]]  # loss(logits, targets, reduction="sum") -> (loss, dlogits)
@@ -45,6 +46,10 @@ class Measures:
                 pairs.append((float(total), float(count)))
             except (TypeError, ValueError):
                 raise UserError(f"the metric {name} returned {result!r:.100}; expected (sum, count)") from None
+            if not all(map(math.isfinite, pairs[-1])):  # a step must not be left out for what only looks on
+                raise UserError(
+                    f"the metric {name} returned {pairs[-1]}; expected finite numbers, (0, 0) where nothing counts"
+                )
         return np.array(pairs, np.float64).ravel()
 
     def means(self, sums: Sequence[float] | Array) -> dict[str, float]:
@@ -74,32 +79,39 @@ def checked(name: str, loss: Loss) -> Loss:
 
 # -- which ones a run has ---------------------------------------------------------------------------------------------
 
-LOSSES = {"cross_entropy": "cross_entropy_loss", "binary_cross_entropy": "binary_cross_entropy_loss", "mse": "mse_loss"}
-
 
 def with_loss(config: Config, dataset: Dataset) -> Config:
-    """Return ``config`` with a loss: that which the targets of ``dataset`` suggest, unless it has one."""
-    targets = dataset.train_labels
-    if targets.ndim == 1 or (targets.min() >= 0 and np.allclose(targets.sum(axis=1), 1, atol=1e-3)):
+    """Return ``config`` with a loss: that which the targets of ``dataset`` suggest, unless it has one.
+
+    Raises UserError where the targets do not suit the loss.
+    """
+    labels, both = dataset.train_labels, (dataset.train_labels, dataset.test_labels)
+    classes, smallest, largest = labels.ndim == 1, min(y.min() for y in both), max(y.max() for y in both)
+    if classes or (smallest >= 0 and np.allclose(labels.sum(axis=1), 1, atol=1e-3)):
         usual = "cross_entropy"  # classes, or a probability for each
     else:
-        usual = "binary_cross_entropy" if targets.min() >= 0 and targets.max() <= 1 else "mse"
+        usual = "binary_cross_entropy" if smallest >= 0 and largest <= 1 else "mse"
     loss = config.loss or usual
-    if loss in LOSSES and (loss == "cross_entropy") < (targets.ndim == 1):
+    if classes and loss in ("binary_cross_entropy", "mse"):
         raise UserError(f"--loss {loss} needs targets (N, K), and these data have a class for each image")
+    if smallest < 0 and loss == "cross_entropy":
+        raise UserError(f"--loss cross_entropy needs targets of at least 0, got {smallest:g}: --loss mse takes any")
+    if not 0 <= smallest <= largest <= 1 and loss == "binary_cross_entropy":
+        wrong = smallest if smallest < 0 else largest
+        raise UserError(f"--loss binary_cross_entropy needs targets in 0..1, got {wrong:g}: --loss mse takes any")
     return dataclasses.replace(
         config, loss=loss, label_smoothing=config.label_smoothing if loss == "cross_entropy" else 0.0
     )
 
 
-def find_losses(config: Config, code: Code) -> tuple[Callable[[Any], Loss], Callable[[Any], Loss]]:
-    """Return what gives the loss of training, and that of evaluation, for an engine ``F``. Raises UserError."""
+def find_losses(config: Config, code: Code, F: ModuleType) -> tuple[Loss, Loss]:
+    """Return the loss of training, and that of evaluation, on the engine ``F``. Raises UserError."""
     name = config.loss or "cross_entropy"
-    found = code.find("--loss", name, LOSSES, "FUNCTION")
-    if found != LOSSES.get(name):
-        return (lambda F: checked(name, found),) * 2
-    smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
-    return lambda F: functools.partial(getattr(F, LOSSES[name]), **smoothing), lambda F: getattr(F, LOSSES[name])
+    found = code.find("loss", name)
+    if name not in LOSSES or name in code.given:
+        return checked(name, found), checked(name, found)
+    ours = getattr(F, found.__name__)  # of this engine
+    return functools.partial(ours, label_smoothing=config.label_smoothing) if config.label_smoothing else ours, ours
 
 
 def make_measures(config: Config, dataset: Dataset, own: Mapping[str, Metric] | None = None) -> Measures:

@@ -23,13 +23,13 @@ from cnnmpi.data import DataLoader, Dataset, find_data, read_hdf5, statistics, s
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
-from cnnmpi.sizes import pair
 from cnnmpi.train.code import Code, explained
 from cnnmpi.train.config import Config, continued, resolve, to_toml
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.measures import Metric, find_losses, make_measures, with_loss
+from cnnmpi.train.probe import probe, probe_loss
 from cnnmpi.train.report import Report, greeting
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import accepted, load_checkpoint, model_attributes, unpack, version_of
@@ -61,18 +61,23 @@ def set_up(
     code, signals, watchdog = code or Code(), signals or StopSignals(), watchdog or Watchdog(ranks)
     watchdog.note("preparing data and model", slow=True)
     tell = print_on_rank0(ranks)
+    ranks.agree("their settings", dataclasses.astuple(config))
     config, saved = with_checkpoint(config, code, ranks, tell)
     shards = config.shards or 1
     if shards < ranks.size:
-        raise UserError(f"{ranks.size} ranks cannot share {shards} shards: use --shards {ranks.size} or more")
-    network = code.find("--model", config.model or "", MODELS, "CLASS")
+        raise UserError(
+            f"{ranks.size} ranks cannot share {shards} shards: start fewer, or use --shards {ranks.size} or more"
+        )
+    network = code.find("model", config.model or "")
     described = open_data(config.data or "auto" if data is None else data, ranks, tell)
     config = with_loss(config, described.dataset)
     loader = make_loader(config, described, code)
-    options = input_options(described.dataset) | (config.model_options or {})
-    loss, test_loss = find_losses(config, code)
+    options = input_options(described.dataset) | (config.model_options or {}) | {"seed": config.seed or 0}
+    model = make_model(network, config, options, ranks.local_rank, smallest_shard(described.dataset, config))
+    loss, test_loss = find_losses(config, code, model.F)
     ranks.agree("the source of the code that they train with", code.sources())
-    model = make_model(network, config, options, ranks.local_rank)
+    if warning := probe_loss(loss, config.loss or "", model, described.dataset):
+        tell(warning)
 
     mine = [int(shard) for shard in np.array_split(np.arange(shards), ranks.size)[ranks.rank]]
     team = make_team(config, model, ranks, len(mine))
@@ -80,6 +85,7 @@ def set_up(
     optimizer = make_optimizer(config, model)
     own = {**getattr(network, "recipe", {}).get("metrics", {}), **(metrics or {})}
     measures = make_measures(config, described.dataset, own)
+    ranks.agree("their metrics", measures.names)
     sizes = [len(flats[model].grads), len(flats[model].buffers), len(measures) + 1]
     names = [(name, math.prod(param.shape)) for name, (param, _) in model.named_parameters().items()]
     reducer = (ExactReducer if config.reduction == "exact" else Reducer)(ranks, shards, sizes, names)
@@ -95,8 +101,8 @@ def set_up(
         shards=mine,
         team=team,
         flats=flats,
-        loss=loss(model.F),
-        test_loss=test_loss(model.F),
+        loss=loss,
+        test_loss=test_loss,
         measures=measures,
         optimizer=optimizer,
         rate=functools.partial(learning_rate, config, total=total_steps),
@@ -109,7 +115,7 @@ def set_up(
         signals=signals,
         watchdog=watchdog,
         greeting=greeting(config, described.dataset, ranks, team.threads),
-        command="python -m cnnmpi.train",
+        how_to_resume=f"python -m cnnmpi.train --resume --out {folder.path}",
     )
     if saved is not None:
         continue_from(saved, trainer, described, code, tell)
@@ -188,7 +194,7 @@ def make_loader(config: Config, data: Data, code: Code) -> DataLoader:
     if (config.cutout or 0) > min(height, width):
         raise UserError(f"--cutout {config.cutout} does not fit into images of {height}x{width} pixels")
     if config.augment is not None:
-        augment = code.find("--augment", config.augment, {}, "FUNCTION")
+        augment = code.find("augment", config.augment)
     return DataLoader(
         dataset.train_images,
         dataset.train_labels,
@@ -207,21 +213,35 @@ def make_loader(config: Config, data: Data, code: Code) -> DataLoader:
 # -- the model -------------------------------------------------------------------------------------------------------
 
 
-def make_model(network: Callable[..., Model], config: Config, options: dict[str, Any], local_rank: int) -> Model:
+def smallest_shard(dataset: Dataset, config: Config) -> int:
+    """Return how many images the smallest shard of a run has: of a whole batch, or of an epoch's last one."""
+    images, batch_size, shards = len(dataset.train_labels), config.batch_size or 1, config.shards or 1
+    batches = {min(images, batch_size), images % batch_size} - {0}
+    return max(1, min(batch // shards for batch in batches))
+
+
+def make_model(
+    network: Callable[..., Model], config: Config, options: dict[str, Any], local_rank: int, smallest: int = 2
+) -> Model:
     """Return the model with its first weights, on the engine that ``config`` asks for. Raises UserError.
 
-    Layers that are not given a generator draw their weights from one for the run's seed.
+    Layers that are not given a generator draw their weights from one for the run's seed. ``smallest`` is the number of
+    images in the smallest shard.
     """
-    seed = config.seed or 0
-    arguments = accepted(network, options | {"seed": seed})
+    arguments = accepted(network, options)
     shown = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     remedy = "--model-options gives it other arguments" if config.model not in MODELS else ""
-    with explained(f"--model {config.model} cannot be built with {shown}", remedy), first_draws(seed):
+
+    def build() -> Model:
+        with first_draws(options["seed"]):
+            return network(**arguments)
+
+    with explained(f"--model {config.model} cannot be built with {shown}", remedy):
         inspect.signature(network).bind(**arguments)
-        model = network(**arguments)
+        model = build()
     if not isinstance(model, Model):
         raise UserError(f"--model {config.model} makes a {type(model).__name__}; expected a subclass of cnnmpi.Model")
-    probe(model, config.model or "", options)
+    probe(model, build, config.model or "", options, smallest)
     try:
         if config.backend == "torch":
             model.to_torch(config.device or "cpu", index=local_rank)
@@ -231,28 +251,12 @@ def make_model(network: Callable[..., Model], config: Config, options: dict[str,
     return model
 
 
-def probe(model: Model, name: str, options: Mapping[str, Any]) -> None:
-    """Raise UserError, in one line, for a model that cannot learn what it is to: two images pass through a copy."""
-    size = options["image_size"]
-    shape = (2, options["in_channels"], *pair(size))
-    with explained(f"--model {name} fails on images {shape}"):
-        if not model.parameters():
-            raise UserError(f"--model {name} has no parameters that learn: assign its layers to attributes of self")
-        trial = copy.deepcopy(model)
-        logits = trial.forward(np.zeros(shape, np.float32))
-        expected = (2, options["num_classes"])
-        if tuple(getattr(logits, "shape", ())) != expected:
-            given = getattr(logits, "shape", type(logits).__name__)
-            raise UserError(f"--model {name}: its forward gives {given} for images {shape}; expected {expected}")
-        trial.backward(np.zeros(expected, logits.dtype))
-
-
 def load_trained(path: Path, name: str | None) -> Model:
     """Return the model of a checkpoint for a command: a network of a person's own by its ``name``, as --model gives it.
 
     A source that has changed since is named in a line on standard error.
     """
-    network = Code().find("--model", name, MODELS, "CLASS") if name else None
+    network = Code().find("model", name) if name else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = load_checkpoint(path, network)

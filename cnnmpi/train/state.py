@@ -15,6 +15,7 @@ import numpy as np
 from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.common.text import read_json
+from cnnmpi.distributed import UserError
 from cnnmpi.functional.init import at_most
 from cnnmpi.models import MODELS, Model
 from cnnmpi.optim import Optimizer
@@ -33,6 +34,8 @@ def pack(model: Model, optimizer: Optimizer | None = None) -> Arrays:
     if optimizer is not None:
         names = list(model.named_parameters())
         for slot, states in optimizer.state.items():
+            if len(states) != len(names):
+                raise UserError("layers were frozen or unfrozen during the run, as by a hook: do it before it begins")
             for name, state in zip(names, states, strict=True):
                 arrays[f"optimizer/{slot}/{name}"] = model.F.to_numpy(state)
     return arrays
@@ -207,9 +210,10 @@ def _info(path: str | Path, name: str, attributes: dict[str, Any], free: bool) -
     sizes = {
         key: value if isinstance(value, list) else [value]
         for key, value in options.items()
-        if key in INPUTS or not free
+        if key != "seed" and (key in INPUTS or not free)
     }
     right = all(_whole(number) and 0 <= number < 2**31 for numbers in sizes.values() for number in numbers)
+    right = right and _whole(options.get("seed", 0)) and options.get("seed", 0) >= 0
     right = right and {"in_channels", "num_classes", "image_size"} <= set(options)
     right = right and len(sizes["image_size"]) <= 2 and math.prod(sizes["image_size"]) <= MOST_PIXELS
     _check(path, "model_options", right, options, "sizes: in_channels, num_classes, image_size")

@@ -27,7 +27,7 @@ from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.measures import Loss, Measures
 from cnnmpi.train.report import Report
 from cnnmpi.train.signals import StopSignals
-from cnnmpi.train.state import Arrays, pack
+from cnnmpi.train.state import pack
 from cnnmpi.train.team import Team
 from cnnmpi.train.watchdog import Watchdog
 
@@ -63,7 +63,7 @@ class Trainer:
     signals: StopSignals
     watchdog: Watchdog
     greeting: list[str]  # what is about to be trained, on what
-    command: str  # that resumes this run
+    how_to_resume: str  # what a person does for that
     step: int = 0
     best: float = -math.inf  # of the evaluation of best.h5, see ``score``
     unsaved: bool = True  # nothing of this run is in its folder yet
@@ -206,7 +206,7 @@ class Trainer:
         """Save, and say how to go on."""
         self._save(LAST)
         self.report.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}")
-        self.report.line(f"to go on: {self.command} --resume --out {self.out}")
+        self.report.line(f"to go on: {self.how_to_resume}")
         return STOPPED
 
     def _evaluate(self) -> Evaluation:
@@ -266,24 +266,25 @@ class Trainer:
         self._agree()
         self.watchdog.note(f"saving {name}", slow=True)
 
-        def content() -> tuple[Arrays, dict[str, Any]]:
-            sums = dict(zip(self.measures.names, self.epoch_sums.reshape(-1, 2).tolist(), strict=True))
-            attributes = self.attributes | {
-                "weights_sha256": checkpoint.weights_digest(self.model.state_dict()),
-                "config": json.dumps(to_plain(experiment(self.config))),
-                "epoch": self.step // self.steps_per_epoch,
-                "step": self.step,
-                "epoch_sums": json.dumps(sums),
-            }
-            if "acc" in self.measures.names:
-                attributes["best_test_acc"] = max(self.best, -1.0)
-            elif math.isfinite(self.best):
-                attributes["best_test_loss"] = -self.best
-            return pack(self.model, self.optimizer), attributes
-
-        self.folder.save(name, content)
+        self.folder.save(name, lambda: (pack(self.model, self.optimizer), self.describe()))
         self.unsaved = False
         self.hooks.call("on_save", self, self.out / name)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the attributes of a checkpoint of this run, as it is now."""
+        sums = dict(zip(self.measures.names, self.epoch_sums.reshape(-1, 2).tolist(), strict=True))
+        attributes = self.attributes | {
+            "weights_sha256": checkpoint.weights_digest(self.model.state_dict()),
+            "config": json.dumps(to_plain(experiment(self.config))),
+            "epoch": self.step // self.steps_per_epoch,
+            "step": self.step,
+            "epoch_sums": json.dumps(sums),
+        }
+        if "acc" in self.measures.names:
+            attributes["best_test_acc"] = max(self.best, -1.0)
+        elif math.isfinite(self.best):
+            attributes["best_test_loss"] = -self.best
+        return attributes
 
 
 def score(test: Evaluation) -> float:
