@@ -50,11 +50,21 @@ def test_a_hook_that_changes_the_weights_of_one_rank_is_noticed(ranks, shared_tm
 
 
 @pytest.mark.mpi(min_size=2)
-def test_ranks_whose_networks_have_other_sources_are_refused(ranks, tmp_path, monkeypatch):
+def test_ranks_whose_networks_have_other_sources_are_refused(ranks, tmp_path, shared_tmp, monkeypatch):
     (tmp_path / "net.py").write_text(
         f"from tests.test_fit import Small\n\n\nclass Net(Small):\n    'As rank {ranks.rank} has it.'\n"
     )
     monkeypatch.chdir(tmp_path)
-    config = Config(model="net.py:Net", out=tmp_path / "run", **{**QUICK, "shards": 8})
+    config = Config(model="net.py:Net", out=shared_tmp / "run", **{**QUICK, "shards": 8})
     with pytest.raises(UserError, match="ranks differ in the source of the code that they train with"):
         set_up(config, ranks, data=images())
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("setting", ["lr", "shards", "metrics"])
+def test_ranks_with_other_settings_or_metrics_are_refused(ranks, shared_tmp, setting):
+    lr, shards = 0.1 + (setting == "lr") * ranks.rank, 8 + (setting == "shards") * ranks.rank
+    metrics = {f"m{(setting == 'metrics') * ranks.rank}": lambda logits, targets: (0, 1)}
+    config = Config(out=shared_tmp / "run", **{**QUICK, "lr": lr, "shards": shards})
+    with pytest.raises(UserError, match=r"the ranks differ in their (settings|metrics): rank 1 "):
+        set_up(config, ranks, Code({"simplecnn": Small}), data=images(), metrics=metrics)

@@ -111,7 +111,7 @@ def greeting(config: Config, dataset: Dataset, ranks: Ranks, threads: int) -> li
     lines = [
         f"{config.model} on {dataset.source}: {len(dataset.train_images)} training and "
         f"{len(dataset.test_images)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
-        f"thread{'s' * (threads > 1)}, {config.backend}"
+        f"thread{'s' * (threads > 1)}, {config.backend}" + f", loss {config.loss}" * (dataset.train_labels.ndim > 1)
     ]
     if ranks.oversubscribed:
         lines.append(
