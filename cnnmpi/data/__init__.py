@@ -1,6 +1,6 @@
 """Data: CIFAR archives -> HDF5 -> batches, with augmentation; and synthetic images where there are none."""
 
-from cnnmpi.data.archive import read_archive
+from cnnmpi.data.sources.archive import read_archive
 from cnnmpi.data.augment import cutout, normalize, random_crop, random_horizontal_flip
 from cnnmpi.data.dataset import DataError, Dataset, statistics
 from cnnmpi.data.find import find_data, load_cifar10

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cnnmpi.common.arrays import Array
-from cnnmpi.data.archive import LAYOUTS, archive_sha256, read_archive
+from cnnmpi.data.sources.archive import LAYOUTS, archive_sha256, read_archive
 from cnnmpi.data.augment import to_unit
 from cnnmpi.data.dataset import DataError, Dataset
 from cnnmpi.data.download import DownloadError, download_cifar10

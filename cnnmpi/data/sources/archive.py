@@ -1,7 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 as published: python or binary version, as a tar archive or as the extracted folder.
 
 An archive may come from anywhere, so nothing is extracted and nothing in it is executed: members are read by name, and
-the pickles of the python version by a reader of its own (``cnnmpi.data.pickled``). How much an archive may expand to is
+the pickles of the python version by a reader of its own (``cnnmpi.data.sources.pickled``). How much an archive may expand to is
 bounded. The format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from cnnmpi.common.arrays import Array, nchw, nhwc
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import DataError, Dataset
-from cnnmpi.data.pickled import read_pickle
+from cnnmpi.data.sources.pickled import read_pickle
 
 SHAPE = (3, 32, 32)  # each record: the red, the green and the blue plane, row by row
 PIXELS = 3072
