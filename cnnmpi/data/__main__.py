@@ -7,10 +7,10 @@ from pathlib import Path
 import tyro
 
 from cnnmpi.console import command, complain, printable
-from cnnmpi.data.sources.archive import read_archive
 from cnnmpi.data.dataset import DataError
 from cnnmpi.data.find import file_name
-from cnnmpi.data.hdf5 import write_hdf5
+from cnnmpi.data.sources.archive import read_archive
+from cnnmpi.data.writer import write_hdf5
 
 
 @dataclass(frozen=True)

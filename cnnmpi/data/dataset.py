@@ -33,6 +33,7 @@ class Dataset:
     classes: tuple[str, ...]
     source: str  # for people: where the images come from
     sha256: str = ""  # of the archive they were read from, if any
+    fit: str = ""  # how pictures of other sizes were fitted, if they were: crop, pad or stretch
 
     @classmethod
     def of(cls, arrays: Any, source: str = "arrays") -> "Dataset":
@@ -56,8 +57,9 @@ class Dataset:
 
     def check(self, name: str = "data set") -> None:
         """Raise DataError, beginning with ``name``, unless dtypes, shapes, lengths and labels are as they should be."""
-        if not self.classes or not all(isinstance(text, str) for text in (*self.classes, self.source, self.sha256)):
-            raise DataError(f"{name}: classes must be names, at least one; source and sha256 texts")
+        texts = (*self.classes, self.source, self.sha256, self.fit)
+        if not self.classes or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{name}: classes must be names, at least one; source, sha256 and fit texts")
         for part, images, labels in self._parts():
             check_declared(f"{name}: {part}", images, labels, len(self.classes))
             if labels.dtype not in (np.int64, np.float32):
@@ -84,7 +86,8 @@ def to_levels(name: str, images: Array) -> Array:
         raise DataError(f"{name}: images must be uint8, or floats in 0..1, got {images.dtype}")
     if not (images.size and images.min() >= 0 and images.max() <= 1):
         raise DataError(f"{name}: images of {images.dtype} must lie in 0..1")
-    return np.rint(images * 255).astype(np.uint8)
+    levels: Array = np.rint(images * 255).astype(np.uint8)
+    return levels
 
 
 def content_digest(classes: Sequence[str], parts: Sequence[tuple[Any, Array]]) -> str:
@@ -107,9 +110,9 @@ def index_digest(
 ) -> str:
     """Return the sha256 that vouches for all that a data file says besides its pixels.
 
-    ``parts`` are, for training and for testing, the shape of the images (N, C, H, W), the labels, and the CRC-32 of each
-    image's bytes as uint32 (N,): who has checked this digest can check any image by itself. ``data_sha256`` is what
-    ``Dataset.digest`` says of the content.
+    ``parts`` are, for training and for testing, the shape of the images (N, C, H, W), the labels, and the CRC-32 of
+    each image's bytes as uint32 (N,): who has checked this digest can check any image by itself. ``data_sha256`` is
+    what ``Dataset.digest`` says of the content.
     """
     shapes = [list(shape) for shape, _, _ in parts]
     sha = hashlib.sha256(json.dumps([list(classes), data_sha256, *shapes]).encode())

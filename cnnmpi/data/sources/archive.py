@@ -1,7 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 as published: python or binary version, as a tar archive or as the extracted folder.
 
 An archive may come from anywhere, so nothing is extracted and nothing in it is executed: members are read by name, and
-the pickles of the python version by a reader of its own (``cnnmpi.data.sources.pickled``). How much an archive may expand to is
+the pickles of the python version by a reader of its own (``pickled``). How much an archive may expand to is
 bounded. The format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
