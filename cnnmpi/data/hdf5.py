@@ -63,9 +63,18 @@ class Opened:
             raise DataError(f"{self.path}: the attribute {name} must be a text")
         return value or ""
 
+    def numbers(self, name: str) -> list[float] | None:
+        """Return a root attribute that is a list of numbers; None where it is missing or something else."""
+        try:
+            value = self.reader.attribute(name)
+        except ValueError:
+            return None
+        return value if isinstance(value, list) else None
+
     def crc32(self, part: str) -> Array | None:
         """Return the recorded CRC-32 of each image of "train" or "test", uint32 (N,); None where it is missing."""
-        if not self.reader.root[part].id.links.exists(b"crc32"):
+        group = self.reader.root[part]  # kept in a variable: what stands for its links does not keep it open
+        if not group.id.links.exists(b"crc32"):
             return None
         stored = _open(self.path, self.reader, f"{part}/crc32")
         if stored.dtype != np.uint32 or len(stored.shape) != 1:

@@ -64,11 +64,16 @@ def write_hdf5(path: str | Path, dataset: Dataset) -> None:
     Raises DataError for a data set that fails its check, and where the file cannot be written.
     """
     dataset.check(str(path))
+    write(path, source_of(dataset))
+
+
+def source_of(dataset: Dataset) -> Source:
+    """Return a data set in memory as a source of two pieces."""
     pieces = [
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),
     ]
-    write(path, Source(dataset.classes, dataset.source, pieces, dataset.sha256, dataset.fit))
+    return Source(dataset.classes, dataset.source, pieces, dataset.sha256, dataset.fit)
 
 
 def write(path: str | Path, source: Source) -> Written:
