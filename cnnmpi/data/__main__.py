@@ -151,35 +151,34 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(wanted, Show):
             show(wanted)
         else:
-            convert(wanted)
+            print(convert(wanted))
     except DataError as error:
         complain(PROGRAM, error)
         return 2
     return 0
 
 
-def convert(wanted: Conversion) -> None:
-    """Write the data file that is ``wanted``, and say in a line what it holds."""
+def convert(wanted: Conversion) -> str:
+    """Write the data file that is ``wanted``; return a line that says what it holds."""
     if isinstance(wanted, Images):
         height, width = parse_size(wanted.size)
         pictures = find_pictures(wanted.folder, wanted.labels, wanted.test, wanted.seed)
-        with progress(len(pictures)) as advance, listing(pictures):
+        with listing(pictures), progress(len(pictures)) as advance:
             source = pictures.source(height, width, wanted.fit, wanted.channels, strict=wanted.strict, advance=advance)
-            save(wanted.out or default_out(wanted.folder), source)
-    elif isinstance(wanted, Arrays):
-        save(wanted.out or default_out(wanted.file), read_arrays(wanted.file, wanted.test, wanted.seed))
-    elif isinstance(wanted, Idx):
-        save(wanted.out or default_out(wanted.folder), read_idx(wanted.folder))
-    else:
-        dataset = read_archive(wanted.archive)
-        save(wanted.out or Path("data") / file_name(dataset), source_of(dataset))
+            return save(wanted.out or default_out(wanted.folder), source)
+    if isinstance(wanted, Arrays):
+        return save(wanted.out or default_out(wanted.file), read_arrays(wanted.file, wanted.test, wanted.seed))
+    if isinstance(wanted, Idx):
+        return save(wanted.out or default_out(wanted.folder), read_idx(wanted.folder))
+    dataset = read_archive(wanted.archive)
+    return save(wanted.out or Path("data") / file_name(dataset), source_of(dataset))
 
 
-def save(out: Path, source: Source) -> None:
-    """Write ``source`` to ``out``, and say in a line what it holds."""
+def save(out: Path, source: Source) -> str:
+    """Write ``source`` to ``out``; return a line that says what it holds."""
     written = write(out, source)
     digest = f"sha256 {source.sha256}" if source.sha256 else f"data_sha256 {written.data_sha256}"
-    print(
+    return (
         f"{printable(out)}: {printable(source.title)}, {written.train} train and {written.test} test images, "
         f"{len(source.classes)} classes, {digest}"
     )

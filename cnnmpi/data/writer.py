@@ -4,6 +4,7 @@ What a file is made of is a ``Source``; ``write`` takes its pieces as they come,
 The layout, and what is recorded for readers that trust nobody, is described in docs/checkpoint-format.md.
 """
 
+import io
 import math
 import zlib
 from collections.abc import Iterable
@@ -86,16 +87,21 @@ def write(path: str | Path, source: Source) -> Written:
     try:
         described = {name: hdf5.texts(text) for name, text in _descriptions(source).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
-            for name, value in described.items():
-                if hdf5.fits_attribute(name, value):
-                    file.attrs[name] = value
-                else:
-                    file[name] = value  # the names of many classes
-            writer = Writer(path, file, source.classes)
-            for piece in source.pieces:
-                writer.add(*piece)
-            return writer.finish()
+        with replacing(path) as temporary, _Disk(temporary, "xb+") as disk:
+            try:
+                with h5py.File(disk, "w") as file:
+                    for name, value in described.items():
+                        if hdf5.fits_attribute(name, value):
+                            file.attrs[name] = value
+                        else:
+                            file[name] = value  # the names of many classes
+                    writer = Writer(path, file, source.classes)
+                    for piece in source.pieces:
+                        writer.add(*piece)
+                        disk.check()
+                    return writer.finish()
+            finally:
+                disk.check()
     except DataError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
@@ -106,6 +112,40 @@ def _descriptions(source: Source) -> dict[str, Any]:
     """Return the texts that stand in a file before its images do."""
     texts = {"classes": source.classes, "source": source.title, "sha256": source.sha256}
     return texts | ({"fit": source.fit} if source.fit else {})
+
+
+class _Disk(io.FileIO):
+    """The file that libhdf5 writes to. A failure is kept, for ``check`` to raise, and libhdf5 told that all is well.
+
+    It cannot close a file that it cannot write to, and crashes when the process ends.
+    """
+
+    _failure: OSError | None = None
+
+    def check(self) -> None:
+        """Raise what failed first, if anything did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def write(self, content: Any, /) -> int:
+        """Write all of ``content``, unless a write has failed before. Returns its size, whatever became of it."""
+        rest = memoryview(content)
+        size = rest.nbytes
+        try:
+            while len(rest) and self._failure is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self._failure = error
+        return size
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Make the file as long as ``size``, unless a write has failed before."""
+        try:
+            if self._failure is None:
+                super().truncate(size)
+        except OSError as error:
+            self._failure = error
+        return size or 0
 
 
 class Writer:

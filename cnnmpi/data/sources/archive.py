@@ -24,6 +24,7 @@ PIXELS = 3072
 LARGEST = 1 << 29  # bytes, unpacked; three times the official ones
 LARGEST_HEADER = 1 << 20  # bytes that a name or an extended header may have
 MOST_MEMBERS = 10_000
+OTHERS = "python -m cnnmpi.data makes a data file of images, of .npz files and of MNIST's"
 GZIP = b"\x1f\x8b"
 Members = dict[str, bytes]
 
@@ -111,7 +112,7 @@ def _read_members(path: Path) -> tuple[Layout, Members]:
     found = _from_folder(path) if _is_folder(path) else _from_tar(path)
     layout = next((layout for layout in LAYOUTS if layout.train[0] in found), None)
     if layout is None:
-        raise DataError(f"{path}: holds no CIFAR-10 or CIFAR-100, neither in the python nor in the binary version")
+        raise DataError(f"{path}: holds no CIFAR-10 or CIFAR-100, python or binary version; {OTHERS}")
     missing = [file for file in layout.files if file not in found]
     if missing:
         raise DataError(f"{path}: incomplete {layout.title}: {', '.join(missing)} missing")
@@ -181,7 +182,7 @@ def _from_tar(path: Path) -> Members:
         if isinstance(error, OSError) and error.errno:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         raise DataError(
-            f"{path}: truncated, damaged, or no .tar.gz, .tar or HDF5 at all ({type(error).__name__})"
+            f"{path}: truncated, damaged, or no .tar.gz, .tar or HDF5 at all ({type(error).__name__}); {OTHERS}"
         ) from error
 
 
