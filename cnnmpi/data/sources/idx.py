@@ -16,7 +16,7 @@ import numpy as np
 
 from cnnmpi.common.arrays import Array
 from cnnmpi.common.text import printable
-from cnnmpi.data.dataset import DataError, check_declared
+from cnnmpi.data.dataset import DataError, check_alike, check_declared
 from cnnmpi.data.sources.streams import Stream, check_claim, read_blocks, read_exactly
 from cnnmpi.data.writer import Piece, Source
 
@@ -35,8 +35,10 @@ def read_idx(folder: Path) -> Source:
     labels = {part: _labels(files[part, "labels"]) for part in ("train", "test")}
     shapes = {part: _shape(files[part, "images"]) for part in labels}
     classes = tuple(str(k) for k in range(1 + max(int(values.max(initial=0)) for values in labels.values())))
-    for part, shape in shapes.items():
-        check_declared(f"{folder}: {part}", np.broadcast_to(np.uint8(0), shape), labels[part], len(classes))
+    parts = [(part, np.broadcast_to(np.uint8(0), shape), labels[part]) for part, shape in shapes.items()]
+    for part, declared, values in parts:
+        check_declared(f"{folder}: {part}", declared, values, len(classes))
+    check_alike(str(folder), parts)
 
     def pieces() -> Iterator[Piece]:
         for part, shape in shapes.items():
