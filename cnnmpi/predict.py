@@ -17,7 +17,7 @@ from cnnmpi.common.arrays import Array, nchw
 from cnnmpi.common.text import read_json
 from cnnmpi.console import command, complain, printable
 from cnnmpi.data import DataError, normalize
-from cnnmpi.data.images import fit, read_image
+from cnnmpi.data.images import FITS, read_fitted
 from cnnmpi.distributed import UserError
 from cnnmpi.functional import sigmoid, softmax
 from cnnmpi.models import Model
@@ -50,7 +50,7 @@ def run(
 
     Args:
         checkpoint: a checkpoint of cnnmpi.train.
-        images: PNG or JPEG files of any size; cut to the middle and scaled to the size the model knows.
+        images: image files of any kind and size; scaled as the training images were, else cut to the middle first.
         top: how many classes to print; 3 unless given.
         model: the network of a checkpoint of your own: FILE.py:CLASS or MODULE:CLASS.
 
@@ -64,12 +64,14 @@ def run(
     channels, (height, width) = trained.info.options["in_channels"], pair(trained.info.options["image_size"])
     if channels not in (1, 3):
         raise UserError(f"{checkpoint} takes images of {channels} channels: an image file has 1 or 3")
+    recorded = trained.info.attributes.get("data_fit")  # how the training images were made of larger ones, if known
+    how = next((name for name in FITS if name == recorded), FITS[0])
     unreadable: list[Path] = []
 
     def read() -> Iterator[tuple[Path, Array]]:
         for path in images:
             try:
-                yield path, fit(read_image(path, channels), height, width)
+                yield path, read_fitted(path, channels, height, width, how)
             except DataError as error:
                 complain(PROGRAM, error)
                 unreadable.append(path)

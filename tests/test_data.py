@@ -24,7 +24,6 @@ from cnnmpi.data import (
     find_data,
     load_cifar10,
     normalize,
-    pickled,
     random_crop,
     random_horizontal_flip,
     read_archive,
@@ -34,11 +33,12 @@ from cnnmpi.data import (
     write_hdf5,
 )
 from cnnmpi.data import __main__ as command
-from cnnmpi.data import archive as archive_module
 from cnnmpi.data import find as find_module
-from cnnmpi.data.archive import LAYOUTS
 from cnnmpi.data.dataset import BLOCK
 from cnnmpi.data.download import DownloadError
+from cnnmpi.data.sources import archive as archive_module
+from cnnmpi.data.sources import pickled
+from cnnmpi.data.sources.archive import LAYOUTS
 
 NAMES = {10: [f"class {i}" for i in range(10)], 100: [f"fine {i}" for i in range(100)]}
 LAYOUT_IDS = [layout.folder for layout in LAYOUTS]

@@ -303,6 +303,19 @@ def test_probabilities_are_those_of_the_model(model, tmp_path, capsys):
     assert out == f"{image}: {expected}\n"
 
 
+@pytest.mark.parametrize("how", ["crop", "pad", "stretch", "", "something else"])
+def test_a_model_sees_in_prediction_what_it_saw_in_training(tmp_path, capsys, monkeypatch, how):
+    options = {"in_channels": 3, "num_classes": 4, "image_size": [28, 20]}
+    net, path, seen = SimpleCNN(**options), tmp_path / "model.h5", []
+    stated = {"classes": CLASSES, "mean": [MEAN] * 3, "std": [STD] * 3, "data_fit": how}
+    checkpoint.save(path, pack(net), model_attributes("simplecnn", options, net) | stated)
+    image = saved(tmp_path / "p.png", Image.fromarray(picture(90, 40)))
+    monkeypatch.setattr("cnnmpi.predict.probabilities", lambda model, images: seen.extend(images) or np.ones((1, 4)))
+    assert main([str(path), str(image)]) == 0
+    expected = fit(picture(90, 40), 28, 20, how if how in ("pad", "stretch") else "crop")
+    assert np.array_equal(seen[0], expected)
+
+
 def test_bad_files_are_named_and_the_good_ones_predicted(model, tmp_path, capsys):
     path, _ = model
     good = [saved(tmp_path / f"{k}.png", Image.fromarray(picture(29 + k, 29))) for k in range(3)]

@@ -33,6 +33,7 @@ class Dataset:
     classes: tuple[str, ...]
     source: str  # for people: where the images come from
     sha256: str = ""  # of the archive they were read from, if any
+    fit: str = ""  # how pictures of other sizes were fitted, if they were: crop, pad or stretch
 
     @classmethod
     def of(cls, arrays: Any, source: str = "arrays") -> "Dataset":
@@ -46,15 +47,8 @@ class Dataset:
         except (TypeError, ValueError):
             given = f"{len(arrays)} of them" if isinstance(arrays, tuple | list) else f"a {type(arrays).__name__}"
             raise DataError(f"{source}: expected four arrays, x_train, y_train, x_test, y_test, got {given}") from None
-        images = []
-        for x in (x_train, x_test):
-            if x.dtype.kind == "f":
-                if not (x.size and x.min() >= 0 and x.max() <= 1):
-                    raise DataError(f"{source}: images of {x.dtype} must lie in 0..1")
-                x = np.rint(x * 255)
-            elif x.dtype != np.uint8:
-                raise DataError(f"{source}: images must be uint8, or floats in 0..1, got {x.dtype}")
-            images.append(nchw(nhwc(x.astype(np.uint8))) if x.ndim == 4 else x)
+        images = [to_levels(source, x) for x in (x_train, x_test)]
+        images = [nchw(nhwc(x)) if x.ndim == 4 else x for x in images]
         if wrong := [y.dtype for y in (y_train, y_test) if y.dtype.kind not in "biuf"]:
             raise DataError(f"{source}: labels must be whole numbers (N,), or targets floats (N, K), got {wrong[0]}")
         targets = [y.astype(np.float32 if y.dtype.kind == "f" else np.int64) for y in (y_train, y_test)]
@@ -68,8 +62,9 @@ class Dataset:
 
     def check(self, name: str = "data set") -> None:
         """Raise DataError, beginning with ``name``, unless dtypes, shapes, lengths and labels are as they should be."""
-        if not self.classes or not all(isinstance(text, str) for text in (*self.classes, self.source, self.sha256)):
-            raise DataError(f"{name}: classes must be names, at least one; source and sha256 texts")
+        texts = (*self.classes, self.source, self.sha256, self.fit)
+        if not self.classes or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{name}: classes must be names, at least one; source, sha256 and fit texts")
         for part, images, labels in self._parts():
             check_declared(f"{name}: {part}", images, labels, len(self.classes))
             if labels.dtype not in (np.int64, np.float32):
@@ -79,16 +74,62 @@ class Dataset:
 
     def digest(self) -> str:
         """Return the sha256 of classes, shapes, pixels (N, H, W, C) and labels (little-endian)."""
-        sha = hashlib.sha256(json.dumps(self.classes).encode())
-        for _, images, labels in self._parts():
-            sha.update(json.dumps(images.shape).encode())
-            for block in blocks(0, len(images), images_per_block(images.shape)):
-                sha.update(nhwc(images[block]).data)
-            sha.update(labels.astype("<i8" if labels.dtype.kind == "i" else "<f4").tobytes())
-        return sha.hexdigest()
+        return content_digest(self.classes, [(images, labels) for _, images, labels in self._parts()])
 
     def _parts(self) -> list[tuple[str, Array, Array]]:
         return [("train", self.train_images, self.train_labels), ("test", self.test_images, self.test_labels)]
+
+
+def to_levels(name: str, images: Array) -> Array:
+    """Return ``images`` as uint8: as they are, or of floats in 0..1 the nearest of 256 levels.
+
+    Raises DataError, beginning with ``name``, for others.
+    """
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype.kind != "f":
+        raise DataError(f"{name}: images must be uint8, or floats in 0..1, got {images.dtype}")
+    if not (images.size and images.min() >= 0 and images.max() <= 1):
+        raise DataError(f"{name}: images of {images.dtype} must lie in 0..1")
+    levels: Array = np.rint(images * 255).astype(np.uint8)
+    return levels
+
+
+def content_digest(classes: Sequence[str], parts: Sequence[tuple[Any, Array]]) -> str:
+    """Return the sha256 of a data set's content: what ``Dataset.digest`` says.
+
+    ``parts`` are images (N, C, H, W) and labels for training and for testing; images are an array, or a dataset of an
+    open HDF5 file, of which a few are read at a time.
+    """
+    sha = hashlib.sha256(json.dumps(classes).encode())
+    for images, labels in parts:
+        sha.update(json.dumps(images.shape).encode())
+        for block in blocks(0, len(images), images_per_block(images.shape)):
+            sha.update(nhwc(images[block]).data)
+        sha.update(little_endian(labels).data)
+    return sha.hexdigest()
+
+
+def index_digest(
+    classes: Sequence[str], data_sha256: str, parts: Sequence[tuple[tuple[int, ...], Array, Array]]
+) -> str:
+    """Return the sha256 that vouches for all that a data file says besides its pixels.
+
+    ``parts`` are, for training and for testing, the shape of the images (N, C, H, W), the labels, and the CRC-32 of
+    each image's bytes as uint32 (N,): who has checked this digest can check any image by itself. ``data_sha256`` is
+    what ``Dataset.digest`` says of the content.
+    """
+    shapes = [list(shape) for shape, _, _ in parts]
+    sha = hashlib.sha256(json.dumps([list(classes), data_sha256, *shapes]).encode())
+    for _, labels, crc32 in parts:
+        sha.update(little_endian(labels).data)
+        sha.update(np.ascontiguousarray(crc32, "<u4").data)
+    return sha.hexdigest()
+
+
+def little_endian(labels: Array) -> Array:
+    """Return labels as digests take them: whole numbers as int64, floats as float32, lowest byte first."""
+    return np.ascontiguousarray(labels, "<f4" if labels.dtype.kind == "f" else "<i8")
 
 
 def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -97,15 +138,25 @@ def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     The sums are sums of integers, so the result is exact up to one rounding: it depends neither on the order of
     the images nor on the machine. A channel that hardly varies gets SMALLEST_STD.
     """
-    N, C, H, W = images.shape
     if images.dtype != np.uint8 or images.size == 0:
         raise ValueError(f"statistics: expected at least one uint8 image, got {images.dtype} {images.shape}")
-    counts = np.zeros((C, 256), np.int64)  # how often each channel has each level
+    return mean_and_std(level_counts(images))
+
+
+def level_counts(images: Array) -> Array:
+    """Return how often each channel of uint8 ``images`` (N, C, H, W) has each of its 256 levels: int64 (C, 256)."""
+    N, C = images.shape[:2]
+    counts = np.zeros((C, 256), np.int64)
     for block in blocks(0, N, images_per_block(images.shape)):
         pixels = nhwc(images[block]).reshape(-1, C)
         for c in range(C):
             counts[c] += np.bincount(pixels[:, c], minlength=256)
-    n = N * H * W
+    return counts
+
+
+def mean_and_std(counts: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return what ``statistics`` does, of the ``counts`` (C, 256) of all levels."""
+    n = int(counts[0].sum())  # pixels
     levels = np.arange(256)
     sums = [int(levels @ count) for count in counts]
     squares = [int(levels**2 @ count) for count in counts]

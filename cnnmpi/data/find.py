@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cnnmpi.common.arrays import Array
-from cnnmpi.data.archive import LAYOUTS, archive_sha256, read_archive
 from cnnmpi.data.augment import to_unit
 from cnnmpi.data.dataset import DataError, Dataset
 from cnnmpi.data.download import DownloadError, download_cifar10
-from cnnmpi.data.hdf5 import is_hdf5, read_descriptions, read_hdf5, write_hdf5
+from cnnmpi.data.hdf5 import is_hdf5, read_descriptions, read_hdf5
+from cnnmpi.data.sources.archive import LAYOUTS, archive_sha256, read_archive
+from cnnmpi.data.writer import write_hdf5
 
 CIFAR10, CIFAR100 = "cifar10.h5", "cifar100.h5"
 SUFFIXES = (".tar.gz", ".tgz", ".tar")

@@ -1,4 +1,4 @@
-"""A data set as an HDF5 file: /train/images uint8 (N, C, H, W), /train/labels, /test/images, /test/labels.
+"""Reading a data set from an HDF5 file: /train/images uint8 (N, C, H, W), /train/labels, /test/images, /test/labels.
 
 Labels are whole numbers (N,), or floats (N, K) where an image has no single class.
 
@@ -13,6 +13,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import numpy as np
 
 from cnnmpi.common import hdf5
 from cnnmpi.common.arrays import Array, nchw
-from cnnmpi.common.files import replacing
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import (
     DataError,
@@ -42,27 +42,45 @@ FILTERS = ((SHUFFLE, DEFLATE, FLETCHER32), (SHUFFLE, LZF, FLETCHER32))  # in one
 Empty = Callable[[tuple[int, ...], Any], Array]
 
 
-def write_hdf5(path: str | Path, dataset: Dataset) -> None:
-    """Write ``dataset`` to ``path``, whole or not at all: beside it first, synced to disk, then renamed.
+@dataclass(frozen=True)
+class Opened:
+    """An open data file: what describes it, and its datasets, whose structure has been checked, but not their bytes."""
 
-    Raises DataError for a data set that fails its check, and where the file cannot be written.
-    """
-    path = Path(path)
-    dataset.check(str(path))
-    try:
-        classes = hdf5.texts(dataset.classes)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, h5py.File(temporary, "w", locking=False) as file:
-            _write_part(file, "train", dataset.train_images, dataset.train_labels)
-            _write_part(file, "test", dataset.test_images, dataset.test_labels)
-            if hdf5.fits_attribute("classes", classes):
-                file.attrs["classes"] = classes
-            else:
-                file["classes"] = classes
-            file.attrs["source"] = hdf5.texts(dataset.source)
-            file.attrs["sha256"] = hdf5.texts(dataset.sha256)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DataError(f"{path}: cannot be written: {_reason(error)}") from error
+    path: Path
+    reader: hdf5.Reader
+    classes: tuple[str, ...]
+    source: str
+    sha256: str
+    parts: list[tuple[str, h5py.Dataset, h5py.Dataset]]  # "train" and "test", images and labels
+
+    def text(self, name: str) -> str:
+        """Return a root attribute that is a text; "" where it is missing. Raises DataError for any other."""
+        try:
+            value = self.reader.attribute(name)
+        except ValueError as error:
+            raise DataError(f"{self.path}: refused: {error}") from None
+        if not isinstance(value, str | None):
+            raise DataError(f"{self.path}: the attribute {name} must be a text")
+        return value or ""
+
+    def numbers(self, name: str) -> list[float] | None:
+        """Return a root attribute that is a list of numbers; None where it is missing or something else."""
+        try:
+            value = self.reader.attribute(name)
+        except ValueError:
+            return None
+        return value if isinstance(value, list) else None
+
+    def crc32(self, part: str) -> Array | None:
+        """Return the recorded CRC-32 of each image of "train" or "test", uint32 (N,); None where it is missing."""
+        group = self.reader.root[part]  # kept in a variable: what stands for its links does not keep it open
+        if not group.id.links.exists(b"crc32"):
+            return None
+        stored = _open(self.path, self.reader, f"{part}/crc32")
+        if stored.dtype != np.uint32 or len(stored.shape) != 1:
+            raise DataError(f"{self.path}: {part}/crc32 must be uint32 (N,), got {stored.dtype} {stored.shape}")
+        values: Array = stored[()]
+        return values
 
 
 def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty = np.empty) -> Dataset:
@@ -74,20 +92,32 @@ def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty 
 
     Raises DataError, naming file and dataset, for whatever is damaged, suspicious or does not fit together.
     """
+    with opened(path) as file:
+        arrays: list[Array] = []
+        for name, images, labels in file.parts:
+            arrays.append(_read_images(images, part, empty))
+            arrays.append(_read_labels(f"{path}: {name}", labels, part, empty, len(file.classes)))
+        return Dataset(
+            arrays[0], arrays[1], arrays[2], arrays[3], file.classes, file.source, file.sha256, file.text("fit")
+        )
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Opened]:
+    """Open a data file: everything is checked that can be before anything is allocated.
+
+    Raises DataError, naming file and dataset; what reading raises within the ``with`` becomes one, too.
+    """
     path = Path(path)
     with _opened(path) as reader:
         classes, source, sha256 = _descriptions(path, reader)
         parts = []
-        for name in ("train", "test"):  # everything is checked before anything is allocated
+        for name in ("train", "test"):
             images, labels = _open(path, reader, f"{name}/images"), _open(path, reader, f"{name}/labels")
             check_declared(f"{path}: {name}", images, labels, len(classes))
             parts.append((name, images, labels))
         check_alike(str(path), parts)
-        arrays: list[Array] = []
-        for name, images, labels in parts:
-            arrays.append(_read_images(images, part, empty))
-            arrays.append(_read_labels(f"{path}: {name}", labels, part, empty, len(classes)))
-    return Dataset(arrays[0], arrays[1], arrays[2], arrays[3], classes, source, sha256)
+        yield Opened(path, reader, classes, source, sha256, parts)
 
 
 def is_hdf5(path: Path) -> bool:
@@ -103,15 +133,6 @@ def read_descriptions(path: str | Path) -> tuple[tuple[str, ...], str, str]:
     """Return the names of the classes, the source, and the sha256 of the archive that a file was made from, or ""."""
     with _opened(Path(path)) as reader:
         return _descriptions(Path(path), reader)
-
-
-def _write_part(file: h5py.File, name: str, images: Array, labels: Array) -> None:
-    N, C, H, W = images.shape
-    chunk = min(N, max(1, (1 << 20) // (C * H * W)))
-    stored = file.create_dataset(f"{name}/images", images.shape, np.uint8, chunks=(chunk, C, H, W), fletcher32=True)
-    for block in blocks(0, N, chunk):
-        stored[block] = np.ascontiguousarray(images[block])
-    file.create_dataset(f"{name}/labels", data=labels, chunks=labels.shape, fletcher32=True)
 
 
 def _read_images(images: h5py.Dataset, part: tuple[int, int], empty: Empty) -> Array:
@@ -152,8 +173,8 @@ def _opened(path: Path) -> Iterator[hdf5.Reader]:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # libhdf5 and h5py report a malformed file by many types
         if isinstance(error, OSError) and error.errno:
-            raise DataError(f"{path}: cannot be read: {_reason(error)}") from error
-        raise DataError(f"{path}: truncated, damaged or not readable HDF5: {_reason(error)}") from error
+            raise DataError(f"{path}: cannot be read: {reason(error)}") from error
+        raise DataError(f"{path}: truncated, damaged or not readable HDF5: {reason(error)}") from error
 
 
 def _reading(raw: Any) -> hdf5.Read:
@@ -272,7 +293,7 @@ def _descriptions(path: Path, reader: hdf5.Reader) -> tuple[tuple[str, ...], str
     return tuple(classes), source, sha256
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return the system's reason if there is one, else HDF5's, on one line."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)

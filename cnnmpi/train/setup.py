@@ -387,6 +387,7 @@ def data_attributes(data: Data, code: Code) -> dict[str, Any]:
         "std": list(data.std),
         "data_source": data.dataset.source,
         "data_archive_sha256": data.dataset.sha256,
+        "data_fit": data.dataset.fit,
         "data_sha256": data.sha256,
     }
 

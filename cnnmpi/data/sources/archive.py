@@ -1,7 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 as published: python or binary version, as a tar archive or as the extracted folder.
 
 An archive may come from anywhere, so nothing is extracted and nothing in it is executed: members are read by name, and
-the pickles of the python version by a reader of its own (``cnnmpi.data.pickled``). How much an archive may expand to is
+the pickles of the python version by a reader of its own (``pickled``). How much an archive may expand to is
 bounded. The format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
@@ -17,13 +17,14 @@ import numpy as np
 from cnnmpi.common.arrays import Array, nchw, nhwc
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import DataError, Dataset
-from cnnmpi.data.pickled import read_pickle
+from cnnmpi.data.sources.pickled import read_pickle
 
 SHAPE = (3, 32, 32)  # each record: the red, the green and the blue plane, row by row
 PIXELS = 3072
 LARGEST = 1 << 29  # bytes, unpacked; three times the official ones
 LARGEST_HEADER = 1 << 20  # bytes that a name or an extended header may have
 MOST_MEMBERS = 10_000
+OTHERS = "python -m cnnmpi.data makes a data file of images, of .npz files and of MNIST's"
 GZIP = b"\x1f\x8b"
 Members = dict[str, bytes]
 
@@ -111,7 +112,7 @@ def _read_members(path: Path) -> tuple[Layout, Members]:
     found = _from_folder(path) if _is_folder(path) else _from_tar(path)
     layout = next((layout for layout in LAYOUTS if layout.train[0] in found), None)
     if layout is None:
-        raise DataError(f"{path}: holds no CIFAR-10 or CIFAR-100, neither in the python nor in the binary version")
+        raise DataError(f"{path}: holds no CIFAR-10 or CIFAR-100, python or binary version; {OTHERS}")
     missing = [file for file in layout.files if file not in found]
     if missing:
         raise DataError(f"{path}: incomplete {layout.title}: {', '.join(missing)} missing")
@@ -181,7 +182,7 @@ def _from_tar(path: Path) -> Members:
         if isinstance(error, OSError) and error.errno:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         raise DataError(
-            f"{path}: truncated, damaged, or no .tar.gz, .tar or HDF5 at all ({type(error).__name__})"
+            f"{path}: truncated, damaged, or no .tar.gz, .tar or HDF5 at all ({type(error).__name__}); {OTHERS}"
         ) from error
 
 
