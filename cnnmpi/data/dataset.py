@@ -19,21 +19,32 @@ class DataError(ValueError):
     """Data that cannot be used; the message is one line that names the file and says what is wrong."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a data file says of its content: its digest, and mean and standard deviation of the training pixels."""
+
+    data_sha256: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images uint8 (N, C, H, W), channels-last in memory, and labels int64 (N,), for training and for testing.
 
     Where an image has no single class, its "labels" are targets float32 (N, K): a number for each of the K classes.
+    Images may lie in a file (``rows.InFile``): then ``images[index]`` reads them.
     """
 
-    train_images: Array
+    train_images: Any
     train_labels: Array
-    test_images: Array
+    test_images: Any
     test_labels: Array
     classes: tuple[str, ...]
     source: str  # for people: where the images come from
     sha256: str = ""  # of the archive they were read from, if any
     fit: str = ""  # how pictures of other sizes were fitted, if they were: crop, pad or stretch
+    recorded: Recorded | None = None  # by the file that images are read from where they lie
 
     @classmethod
     def of(cls, arrays: Any, source: str = "arrays") -> "Dataset":

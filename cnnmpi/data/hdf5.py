@@ -9,6 +9,7 @@ file, or to claim more than a file holds, is refused by name before anything is 
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import zlib
@@ -26,13 +27,16 @@ from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import (
     DataError,
     Dataset,
+    Recorded,
     blocks,
     check_alike,
     check_declared,
     check_labels,
     images_per_block,
+    index_digest,
     part_of,
 )
+from cnnmpi.data.rows import InFile
 
 LARGEST = 64 << 30  # bytes of one array
 LARGEST_CHUNK = 1 << 30
@@ -100,6 +104,68 @@ def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty 
         return Dataset(
             arrays[0], arrays[1], arrays[2], arrays[3], file.classes, file.source, file.sha256, file.text("fit")
         )
+
+
+def read_in_place(path: str | Path) -> Dataset:
+    """Return the data set of a file whose images are left there, to be read when they are asked for (``InFile``).
+
+    Labels are read, and compared with what is recorded. Raises DataError as read_hdf5 does, and Compressed for images
+    that cannot be read where they lie.
+    """
+    with opened(path) as file:
+        (train, y_train), (test, y_test) = (_in_place(file, *part) for part in file.parts)
+        dataset = Dataset(train, y_train, test, y_test, file.classes, file.source, file.sha256, file.text("fit"))
+        recorded = _recorded(file, [(images.shape, labels) for images, labels in ((train, y_train), (test, y_test))])
+        return dataclasses.replace(dataset, recorded=recorded)
+
+
+class Compressed(DataError):  # noqa: N818 - it says what the data are
+    """Images that cannot be read where they lie in their file."""
+
+
+def _in_place(file: Opened, name: str, images: h5py.Dataset, labels: h5py.Dataset) -> tuple[InFile, Array]:
+    """Return the images of a part, which stay in the file, and its labels."""
+    plist, chunks = images.id.get_create_plist(), images.chunks or images.shape
+    filters = {plist.get_filter(i)[0] for i in range(plist.get_nfilters())}
+    if filters - {FLETCHER32} or chunks[1:] != images.shape[1:]:
+        why = "compressed" if filters - {FLETCHER32} else "in chunks of parts of images"
+        raise Compressed(
+            f"{file.path}: {name}/images are stored {why}, and cannot be read in place: use --data-in memory, or write "
+            "the file again by python -m cnnmpi.data"
+        )
+    if images.chunks:
+        starts = np.zeros(-(-len(images) // chunks[0]), np.int64)
+
+        def note(chunk: Any) -> None:
+            starts[chunk.chunk_offset[0] // chunks[0]] = chunk.byte_offset
+
+        images.id.chunk_iter(note)
+    else:
+        starts = np.array([images.id.get_offset()], np.int64)
+    rows = InFile(file.path, images.shape, starts, chunks[0], file.crc32(name))
+    for row in (0, len(images) - 1):  # that the file is laid out as was thought
+        if not np.array_equal(rows[row : row + 1][0], images[row]):
+            raise Compressed(f"{file.path}: {name}/images cannot be read in place: use --data-in memory")
+    return rows, _read_labels(f"{file.path}: {name}", labels, (0, 1), np.empty, len(file.classes))
+
+
+def _recorded(file: Opened, parts: list[tuple[tuple[int, ...], Array]]) -> Recorded | None:
+    """Return what is recorded of the content; None in a file of another program, or of an earlier version.
+
+    Raises DataError where labels, names or checksums are not what was recorded with it.
+    """
+    data_sha256, index_sha256 = file.text("data_sha256"), file.text("index_sha256")
+    mean, std, channels = file.numbers("mean"), file.numbers("std"), parts[0][0][1]
+    crc32 = [file.crc32(name) for name, _, _ in file.parts]
+    if not (data_sha256 and index_sha256 and mean and std) or any(sums is None for sums in crc32):
+        return None
+    indexed = [(shape, labels, sums) for (shape, labels), sums in zip(parts, crc32, strict=True) if sums is not None]
+    wrong = len(mean) != channels or len(std) != channels or not all(value > 0 for value in std)
+    if wrong or index_digest(file.classes, data_sha256, indexed) != index_sha256:
+        raise DataError(
+            f"{file.path}: labels, checksums or names of classes are not what was written: python -m cnnmpi.data verify"
+        )
+    return Recorded(data_sha256, tuple(mean), tuple(std))
 
 
 @contextlib.contextmanager
