@@ -1,23 +1,40 @@
 """Data: CIFAR archives -> HDF5 -> batches, with augmentation; and synthetic images where there are none."""
 
 from cnnmpi.data.archive import read_archive
-from cnnmpi.data.augment import cutout, normalize, random_crop, random_horizontal_flip
+from cnnmpi.data.augment import (
+    color_jitter,
+    cutmix,
+    cutout,
+    mixup,
+    normalize,
+    random_crop,
+    random_erasing,
+    random_horizontal_flip,
+    random_resized_crop,
+)
 from cnnmpi.data.dataset import DataError, Dataset, statistics
 from cnnmpi.data.find import find_data, load_cifar10
 from cnnmpi.data.hdf5 import read_hdf5, write_hdf5
 from cnnmpi.data.loader import DataLoader
 from cnnmpi.data.synthetic import synthetic
+from cnnmpi.data.transforms import Draw
 
 __all__ = [
     "DataError",
     "DataLoader",
     "Dataset",
+    "Draw",
+    "color_jitter",
+    "cutmix",
     "cutout",
     "find_data",
     "load_cifar10",
+    "mixup",
     "normalize",
     "random_crop",
+    "random_erasing",
     "random_horizontal_flip",
+    "random_resized_crop",
     "read_archive",
     "read_hdf5",
     "statistics",

@@ -1,32 +1,34 @@
 """Batches of a data set, cut into shards: every batch is a pure function of (data, seed, step, shard)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
 from cnnmpi.common.arrays import Array, nchw, nhwc
-from cnnmpi.data.augment import cutout, normalize, random_crop, random_horizontal_flip, to_unit
-from cnnmpi.data.dataset import DataError, part_of
-from cnnmpi.rng import generator
+from cnnmpi.data.augment import normalize, to_unit
+from cnnmpi.data.dataset import part_of
+from cnnmpi.data.transforms import Augment, Draw, Tables, check_sizes, entries
 from cnnmpi.sizes import whole
-
-Augment = Callable[[Array, np.random.Generator], Array]
 
 
 class DataLoader:
     """Batches of images ``x`` and labels ``y``, in a new order each epoch.
 
     ``x`` is uint8 or float32 (N, C, H, W); ``y`` whole numbers (N,) or, where an image has no single class, floats
-    (N, K).
+    (N, K). Labels are of ``classes`` classes, or of as many more as the largest one says.
 
-    Every sample is in exactly one batch of an epoch; the last batch may be smaller. Iterating yields the batches of one
-    epoch, iterating again those of the next. ``batch(step, shard)`` gives any part of any batch directly, so a run can
-    begin at any step and needs no state. What happens to a sample (flip, crop, cutout) depends on (seed, epoch, sample)
-    only.
+    Every sample is in exactly one batch of an epoch; the last batch may be smaller. With ``sample`` "balanced", the N
+    places of an epoch are shared out to the classes equally instead, see ``balanced_order``. Iterating yields the
+    batches of one epoch, iterating again those of the next. ``batch(step, shard)`` gives any part of any batch
+    directly, so a run can begin at any step and needs no state.
 
-    ``augment`` is a function of your own: it gets the images (n, C, H, W), flipped and cropped, of the dtype of ``x``,
-    and a generator for this (seed, step, shard); it returns images of that shape, uint8 or float32, or DataError is
-    raised.
+    ``augment`` lists what happens to the images: a text such as "flip,crop=4,cutout=8,mixup=0.2", a function of your
+    own, or a list of both; transforms.py says what there is and in which order. A function of your own gets the images
+    (n, C, H, W), the labels int64 (n,) or float32 (n, K), and ``draw``, of which ``draw("a word")`` is a generator for
+    this (seed, step, shard). It returns images of that shape, or these and labels: of the shape they had, or
+    probabilities, floats (n, classes). Of pixels (uint8, or float32 in 0..1) it returns uint8 or float32 in 0..1, of
+    normalised images float32; for anything else DataError is raised.
 
     ``mean`` and ``std``, one number for each channel, normalise; without them uint8 images are scaled to [0, 1].
     Raises ValueError for arguments that make no sense.
@@ -41,10 +43,9 @@ class DataLoader:
         *,
         seed: int = 0,
         shards: int = 1,
-        flip: bool = False,
-        crop_padding: int = 0,
-        cutout_size: int = 0,
-        augment: Augment | None = None,
+        augment: Any = None,
+        sample: Literal["all", "balanced"] = "all",
+        classes: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
@@ -55,24 +56,26 @@ class DataLoader:
                 f"DataLoader: expected {len(x)} integer labels, or floats ({len(x)}, K), got {y.dtype} {y.shape}"
             )
         batch_size, shards = whole("DataLoader: batch_size", batch_size), whole("DataLoader: shards", shards)
-        crop_padding = whole("DataLoader: crop_padding", crop_padding)
-        cutout_size = whole("DataLoader: cutout_size", cutout_size)
-        if batch_size < 1 or shards < 1 or crop_padding < 0:
-            raise ValueError(
-                f"DataLoader: batch_size {batch_size} and shards {shards} must be at least 1, "
-                f"crop_padding {crop_padding} at least 0"
-            )
-        if not 0 <= cutout_size <= min(x.shape[2:]):
-            raise ValueError(f"DataLoader: cutout_size {cutout_size} does not fit into images of {x.shape[2:]} pixels")
+        if batch_size < 1 or shards < 1:
+            raise ValueError(f"DataLoader: batch_size {batch_size} and shards {shards} must be at least 1")
+        if sample not in ("all", "balanced") or (sample == "balanced" and not (shuffle and y.ndim == 1)):
+            raise ValueError(f"DataLoader: sample {sample!r} must be 'all' or, of shuffled labels (N,), 'balanced'")
         if (mean is None) != (std is None):
             raise ValueError("DataLoader: give both mean and std, or neither")
+        try:
+            listed = entries(augment, _not_by_name)
+            check_sizes(listed, *x.shape[2:])
+        except ValueError as error:
+            raise ValueError(f"DataLoader: augment: {error}") from None
         self.batch_size, self.shuffle, self.seed, self.shards = batch_size, shuffle, seed, shards
-        self.flip, self.crop_padding, self.cutout_size, self.mean, self.std = flip, crop_padding, cutout_size, mean, std
-        self.augment = augment
+        self.sample, self.mean, self.std = sample, mean, std
+        cut = next((at for at, entry in enumerate(listed) if entry.normalised), len(listed))
+        self.before, self.after = listed[:cut], listed[cut:]  # normalisation
+        self.classes = y.shape[1] if y.ndim == 2 else max(int(y.max()) + 1, classes or 0)
         self._x = nhwc(x)  # a view if x is channels-last, so memory shared by processes stays shared
         self._y = y
         self._next_epoch = 0
-        self._tables = (0, *self._draw(0))
+        self._tables = Tables(seed)
         self._finish(x[:1])  # raises here rather than in the first batch
 
     def __len__(self) -> int:
@@ -93,57 +96,50 @@ class DataLoader:
         if step < 0 or not (shard is None or 0 <= shard < self.shards):
             raise ValueError(f"DataLoader: no batch at step {step}, shard {shard} of {self.shards}")
         epoch, index = divmod(step, len(self))
-        order, flip, crop, square = self._epoch(epoch)
-        samples = order[index * self.batch_size : (index + 1) * self.batch_size]
+        places = np.arange(index * self.batch_size, min((index + 1) * self.batch_size, len(self._x)))
         if shard is not None:
-            samples = samples[part_of(len(samples), shard, self.shards)]
-        x = nchw(self._x[samples])
-        if flip is not None:
-            x = random_horizontal_flip(x, flip[samples])
-        if crop is not None:
-            top, left = crop[:, samples]
-            x = random_crop(x, top, left, self.crop_padding)
-        if self.augment is not None and len(samples):
-            x = self._augmented(self.augment, x, step, 0 if shard is None else shard + 1)
+            places = places[part_of(len(places), shard, self.shards)]
+        samples = self._tables.of("order", epoch, self._order)[places]
+        x, y = nchw(self._x[samples]), self._y[samples]
+        y = y.astype(np.int64 if y.ndim == 1 else np.float32)
+        drawn_for = samples if self.sample == "all" else places  # a sample that comes again is augmented anew
+        part = 0 if shard is None else shard + 1
+        draw = Draw(self._tables, epoch, step, part, drawn_for, len(self._x), self.classes)
+        for transform in self.before:
+            x, y = transform(x, y, draw)
         x = self._finish(x)
-        if square is not None:
-            top, left = square[:, samples]
-            x = cutout(x, top, left, self.cutout_size)  # after normalisation, so that 0 is the mean colour
-        y = self._y[samples]
-        return x, y.astype(np.int64 if y.ndim == 1 else np.float32)
-
-    def _augmented(self, augment: Augment, x: Array, step: int, part: int) -> Array:
-        result = augment(x, generator(self.seed, "augment", step, part))
-        shape, dtype = getattr(result, "shape", ()), getattr(result, "dtype", type(result).__name__)
-        if shape != x.shape or dtype not in (np.uint8, np.float32):
-            name = getattr(augment, "__qualname__", type(augment).__name__)
-            raise DataError(
-                f"the augmentation {name} returned {dtype} {shape} for images {x.dtype} {x.shape}; expected uint8, or "
-                "float32 in 0..1, of the same shape"
-            )
-        return result
+        for transform in self.after:
+            x, y = transform(x, y, draw)
+        return x, y
 
     def _finish(self, x: Array) -> Array:
         if self.mean is None or self.std is None:
             return to_unit(x)
         return normalize(x, self.mean, self.std)
 
-    def _epoch(self, epoch: int) -> tuple[Array, Array | None, Array | None, Array | None]:
-        """Return the order and the draws of an epoch, kept until another epoch is asked for."""
-        tables = self._tables  # read once and replaced as a whole, so that threads may share a loader
-        if tables[0] != epoch:
-            tables = self._tables = (epoch, *self._draw(epoch))
-        return tables[1:]
+    def _order(self, rng: np.random.Generator) -> Array:
+        """Return the samples of an epoch, (N,)."""
+        if self.sample == "balanced":
+            return balanced_order(self._y, rng)
+        N = len(self._x)
+        return rng.permutation(N) if self.shuffle else np.arange(N)
 
-    def _draw(self, epoch: int) -> tuple[Array, Array | None, Array | None, Array | None]:
-        (N, H, W, _), p = self._x.shape, self.crop_padding
-        order = generator(self.seed, "order", epoch).permutation(N) if self.shuffle else np.arange(N)
-        flip = None
-        if self.flip:  # at random at first, then by turns: two epochs show both sides of each image (Jordan, 2024)
-            flip = (generator(self.seed, "flip").random(N) < 0.5) ^ (epoch % 2 == 1)
-        crop = generator(self.seed, "crop", epoch).integers(0, 2 * p + 1, (2, N)) if p else None  # top, left
-        square = None
-        if self.cutout_size:
-            highest = np.array([[H - self.cutout_size], [W - self.cutout_size]])
-            square = generator(self.seed, "cutout", epoch).integers(0, highest, (2, N), endpoint=True)  # top, left
-        return order, flip, crop, square
+
+def balanced_order(labels: Array, rng: np.random.Generator) -> Array:
+    """Return N samples (N,), int64, of which each class of ``labels`` (N,) has as many, or one more, in random order.
+
+    The samples of a class come equally often, or once more: which ones, and which classes, is drawn.
+    """
+    N, (present, counts) = len(labels), np.unique(labels, return_counts=True)
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])  # of each class
+    places = np.full(len(present), N // len(present))
+    places[rng.permutation(len(present))[: N % len(present)]] += 1
+    chosen = []
+    for samples, count in zip(members, places.tolist(), strict=True):
+        times, more = divmod(count, len(samples))
+        chosen += [np.repeat(samples, times), rng.permutation(samples)[:more]]
+    return rng.permutation(np.concatenate(chosen))
+
+
+def _not_by_name(name: str) -> Augment:
+    raise ValueError(f"{name}: give the function itself")

@@ -18,6 +18,7 @@ import tomli_w
 import tyro
 
 from cnnmpi.common.text import read_json
+from cnnmpi.data.transforms import entries, text_of
 from cnnmpi.distributed import UserError
 from cnnmpi.models import MODELS
 from cnnmpi.train.code import Code
@@ -68,14 +69,12 @@ class Experiment:
     """Probability, 0..1, that the targets of cross_entropy spread over all classes."""
     clip: float | None = None
     """Largest global norm of the gradient; 0 does not clip."""
-    flip: bool | None = None
-    """Mirror half of the training images, in turn: --flip or --no-flip."""
-    crop: int | None = None
-    """Shift training images at random by up to this many pixels."""
-    cutout: int | None = None
-    """Blank a square of this many pixels a side, at random, in each training image."""
     augment: str | None = None
-    """Your own augmentation, after flip and crop: FILE.py:FUNCTION."""
+    """What happens to training images, in this order, as flip,crop=4,cutout=8,mixup=0.2,FILE.py:FUNCTION; or none."""
+    sample: Literal["all", "balanced"] | None = None
+    """An epoch has each image once; or as many images again, equally many of each class."""
+    balance: bool | None = None
+    """Weigh the classes in cross_entropy, so that rare ones count as much as others."""
     seed: int | None = None
     """Of every draw: weights, order, augmentation, dropout."""
     backend: Literal["numpy", "torch"] | None = None
@@ -121,12 +120,14 @@ class Config(Execution, Experiment):
 DEFAULTS: dict[str, Any] = {
     "model": "simplecnn", "epochs": 12, "batch_size": 128, "shards": 8, "optimizer": "sgd", "lr": 0.05,
     "schedule": "linear", "warmup": 0.2, "momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0, "clip": 0.0,
-    "flip": True, "crop": 2, "cutout": 0, "seed": 0, "backend": "numpy", "device": "cpu", "reduction": "exact",
-    "data": "auto", "on_nan": "stop",
+    "augment": "flip,crop=2", "sample": "all", "balance": False, "seed": 0, "backend": "numpy", "device": "cpu",
+    "reduction": "exact", "data": "auto", "on_nan": "stop",
 }  # fmt: skip
 PROGRAM = "cnnmpi.train"
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
 CODE = ("model", "loss", "augment")  # the settings that may name a person's code
+BEFORE = ("flip", "crop", "cutout")  # settings of their own in earlier versions, now entries of augment
+NOW = "flip, crop and cutout are part of augment, as in augment = 'flip,crop=4,cutout=8'"
 
 
 def recipe_of(config: Config, code: Code) -> dict[str, Any]:
@@ -137,8 +138,22 @@ def recipe_of(config: Config, code: Code) -> dict[str, Any]:
     fields = {item.name for item in dataclasses.fields(Experiment)} - {"model"}
     if unknown := sorted(recipe.keys() - fields):
         known = ", ".join(sorted({*fields, "metrics"}))
-        raise UserError(f"--model {name}: its recipe has {', '.join(unknown)}; the settings are {known}")
-    return recipe | {key: code.name(recipe[key]) for key in CODE if recipe.get(key) is not None}
+        hint = NOW if set(BEFORE) & set(unknown) else f"the settings are {known}"
+        raise UserError(f"--model {name}: its recipe has {', '.join(unknown)}; {hint}")
+    return recipe | {key: named(code, recipe[key]) for key in CODE if recipe.get(key) is not None}
+
+
+def named(code: Code, value: Any) -> str:
+    """Return the text of a setting that may be a person's code: a name, a thing, or a list of both."""
+    return ",".join(map(code.name, value)) or "none" if isinstance(value, list | tuple) else code.name(value)
+
+
+def canonical(augment: str) -> str:
+    """Return the text of the setting augment, always the same for the same. Raises UserError naming the entry."""
+    try:
+        return text_of(entries(augment))
+    except ValueError as error:
+        raise UserError(f"--augment {error}") from None
 
 
 def with_defaults(config: Config, code: Code) -> Config:
@@ -162,6 +177,7 @@ def resolve(config: Config, code: Code) -> Config:
         raise UserError(f"--label-smoothing belongs to the loss cross_entropy: leave it out with --loss {config.loss}")
     config = with_defaults(config, code)
     check_kinds(config)  # also of what came from a recipe
+    config = dataclasses.replace(config, augment=canonical(config.augment or ""))
     numpys = {name: value.item() for name, value in vars(config).items() if isinstance(value, np.generic)}
     config = dataclasses.replace(config, **numpys)  # with Python's numbers, which TOML and JSON know
     check_ranges(config)
@@ -182,8 +198,8 @@ def check_ranges(config: Config) -> None:
     """Raise UserError, naming the flag, for a number out of its range, and for settings that contradict each other."""
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
-        "warmup": 0, "label_smoothing": 0, "clip": 0, "crop": 0, "cutout": 0, "seed": 0, "threads": 0,
-        "checkpoint_every": 0, "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
+        "warmup": 0, "label_smoothing": 0, "clip": 0, "seed": 0, "threads": 0, "checkpoint_every": 0,
+        "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
     }  # fmt: skip
     for name, low in lowest.items():
         value = getattr(config, name)
@@ -214,6 +230,7 @@ def parse(argv: Sequence[str], given: Config | None = None, code: Code | None = 
     Raises UserError for a bad TOML file; a bad command line ends in SystemExit(2) with an explanation.
     """
     args, from_file = _without_file(argv)
+    _check_flags(args)
     switches = [flag(name) for name, kind in get_type_hints(Experiment).items() if kind == bool | None]
     for position, argument in enumerate(args):  # what may stand alone
         following = args[position + 1] if position + 1 < len(args) else "--"
@@ -244,6 +261,21 @@ def _without_file(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return args, {}
 
 
+def _check_flags(args: Sequence[str]) -> None:
+    """Raise UserError that says what to write now for flags of earlier versions."""
+    content: dict[str, Any] = {}
+    for position, argument in enumerate(args):
+        name, inline, value = argument.partition("=")
+        following = value if inline else next(iter(args[position + 1 : position + 2]), "--")
+        if name in ("--flip", "--no-flip"):
+            content["flip"] = name == "--flip" and following.lower() != "false"
+        elif name in ("--crop", "--cutout", "--model"):
+            content[name.removeprefix("--")] = "N" if following.startswith("--") else following
+    if old := [f"--{name}" for name in BEFORE if name in content]:
+        text = with_augment(content, "")["augment"]
+        raise UserError(f"{', '.join(old)}: augmentation is one setting now: write --augment {text}")
+
+
 def _description() -> str:
     blocks = [inspect.cleandoc(Config.__doc__ or "")]
     for name, network in MODELS.items():
@@ -265,12 +297,14 @@ def read_toml(path: str) -> dict[str, Any]:
 
 def from_plain(content: dict[str, Any], source: str) -> dict[str, Any]:
     """Check ``content``, as TOML or JSON gives it, against the types of Config. Raises UserError naming the key."""
-    arguments = []
+    content, arguments = with_augment(content, source), []
     fields = {item.name for item in dataclasses.fields(Config)}
     for key, value in content.items():
         name = key.replace("-", "_")
         if name == "model_options" and isinstance(value, dict):
             value = json.dumps(value)
+        if name == "augment" and isinstance(value, list):
+            value = ",".join(map(str, value)) or "none"
         if name not in fields or isinstance(value, dict | list):
             known = ", ".join(sorted(fields))
             raise UserError(f"{source}: {key!r} is not a setting; the settings are {known}")
@@ -284,7 +318,31 @@ def from_plain(content: dict[str, Any], source: str) -> dict[str, Any]:
     except SystemExit:
         values = ", ".join(f"{key} = {value!r}" for key, value in content.items())
         raise UserError(f"{source}: a value is of the wrong kind among {values}; see --help for the choices") from None
+    try:
+        entries(parsed.augment)
+    except ValueError as error:
+        raise UserError(f"{source}: augment: {error}") from None
     return {key.replace("-", "_"): getattr(parsed, key.replace("-", "_")) for key in content}
+
+
+def with_augment(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return ``content`` with one ``augment`` for the settings flip, crop and cutout that earlier versions had.
+
+    They were applied in that order, a person's own augmentation before cutout. One that is missing had its usual value:
+    flip, no cutout, the crop of the reference network's recipe. Raises UserError for a flip that is neither.
+    """
+    if not set(BEFORE) & content.keys():
+        return content
+    network = MODELS.get(str(content.get("model")))
+    recipe = network.recipe if network else DEFAULTS
+    (usual,) = (entry.number for entry in entries(recipe["augment"]) if entry.text.startswith("crop"))
+    old = {"flip": True, "crop": usual, "cutout": 0} | content
+    if not isinstance(old["flip"], bool):
+        raise UserError(f"{source}: flip must be true or false, got {old['flip']!r}")
+    own, crop, cutout = content.get("augment"), old["crop"], old["cutout"]
+    listed = [("flip", old["flip"]), (f"crop={crop}", crop), (own, own), (f"cutout={cutout}", cutout)]
+    text = ",".join(str(word) for word, value in listed if value not in (None, 0, "0")) or "none"
+    return {key: value for key, value in content.items() if key not in BEFORE} | {"augment": text}
 
 
 def to_plain(settings: Experiment | Execution) -> dict[str, Any]:
@@ -318,7 +376,7 @@ def continued(config: Config, saved: Mapping[str, Any], path: Path, code: Code) 
     contradicts = {
         name: value
         for name, value in asked.items()
-        if value not in (None, done[name]) and name != "data" and not (name in own and ":" in value)
+        if not (value is None or name == "data" or _agree(name, value, done[name]))
     }
     if contradicts:
         wrong = "; ".join(f"{flag(name)} {value} (the run has {done[name]})" for name, value in contradicts.items())
@@ -331,6 +389,15 @@ def continued(config: Config, saved: Mapping[str, Any], path: Path, code: Code) 
     recipe = recipe_of(dataclasses.replace(config, model=config.model or done["model"]), code)
     for name in own:
         done[name] = asked[name] or recipe.get(name)
-        if done[name] is None:
+        if done[name] is None or not _agree(name, done[name], own[name]):
             raise UserError(f"the run of {path} uses code of your own: name it, as {flag(name)} {own[name]}")
     return dataclasses.replace(config, **done | {"data": config.data or old.data})
+
+
+def _agree(name: str, asked: Any, done: Any) -> bool:
+    """Return whether a setting says what it said before, but for where a person's code comes from."""
+    if name == "augment":
+        asked, done = (
+            [entry.text if entry.known else "own" for entry in entries(canonical(text))] for text in (asked, done)
+        )
+    return bool(asked == done or (name in CODE and ":" in asked and ":" in (done or "")))

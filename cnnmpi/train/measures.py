@@ -87,19 +87,41 @@ def with_loss(config: Config, dataset: Dataset) -> Config:
     loss = config.loss or usual
     if loss in LOSSES and (loss == "cross_entropy") < (targets.ndim == 1):
         raise UserError(f"--loss {loss} needs targets (N, K), and these data have a class for each image")
+    if config.sample == "balanced" and targets.ndim == 2:
+        raise UserError("--sample balanced needs a class for each image, and these data have targets (N, K)")
+    if config.balance and (targets.ndim == 2 or loss != "cross_entropy"):
+        raise UserError("--balance needs the loss cross_entropy, and data with a class for each image")
     return dataclasses.replace(
         config, loss=loss, label_smoothing=config.label_smoothing if loss == "cross_entropy" else 0.0
     )
 
 
-def find_losses(config: Config, code: Code) -> tuple[Callable[[Any], Loss], Callable[[Any], Loss]]:
-    """Return what gives the loss of training, and that of evaluation, for an engine ``F``. Raises UserError."""
+def find_losses(
+    config: Config, code: Code, weight: Array | None = None
+) -> tuple[Callable[[Any], Loss], Callable[[Any], Loss]]:
+    """Return what gives the loss of training, and that of evaluation, for an engine ``F``. Raises UserError.
+
+    Label smoothing and the classes' ``weight`` (K,) are of training only, so that test losses can be compared.
+    """
     name = config.loss or "cross_entropy"
     found = code.find("--loss", name, LOSSES, "FUNCTION")
     if found != LOSSES.get(name):
         return (lambda F: checked(name, found),) * 2
-    smoothing = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
-    return lambda F: functools.partial(getattr(F, LOSSES[name]), **smoothing), lambda F: getattr(F, LOSSES[name])
+    options: dict[str, Any] = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+    if weight is not None:
+        options["weight"] = weight
+    return lambda F: functools.partial(getattr(F, LOSSES[name]), **options), lambda F: getattr(F, LOSSES[name])
+
+
+def class_weights(labels: Array, classes: int) -> Array:
+    """Return a weight for each class, float64 (classes,), with which all classes of ``labels`` (N,) count alike.
+
+    It is N / (number of classes that occur) / (images of the class), after King and Zeng, "Logistic regression in rare
+    events data", 2001: over the N images the mean weight is 1. A class without images has the weight 1.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = np.count_nonzero(counts)
+    return np.where(counts > 0, len(labels) / (present * np.maximum(counts, 1)), 1.0)
 
 
 def make_measures(config: Config, dataset: Dataset, own: Mapping[str, Metric] | None = None) -> Measures:

@@ -20,6 +20,7 @@ import cnnmpi
 from cnnmpi import checkpoint, optim
 from cnnmpi.console import printable
 from cnnmpi.data import DataLoader, Dataset, find_data, read_hdf5, statistics, synthetic
+from cnnmpi.data.transforms import check_sizes, entries
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
@@ -29,7 +30,7 @@ from cnnmpi.train.config import Config, continued, resolve, to_toml
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
-from cnnmpi.train.measures import Metric, find_losses, make_measures, with_loss
+from cnnmpi.train.measures import LOSSES, Loss, Metric, class_weights, find_losses, make_measures, with_loss
 from cnnmpi.train.report import Report, greeting
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import accepted, load_checkpoint, model_attributes, unpack, version_of
@@ -70,9 +71,12 @@ def set_up(
     config = with_loss(config, described.dataset)
     loader = make_loader(config, described, code)
     options = input_options(described.dataset) | (config.model_options or {})
-    loss, test_loss = find_losses(config, code)
+    labels = described.dataset.train_labels
+    weight = class_weights(labels, len(described.dataset.classes)) if config.balance else None
+    loss, test_loss = find_losses(config, code, weight)
     ranks.agree("the source of the code that they train with", code.sources())
     model = make_model(network, config, options, ranks.local_rank)
+    check_mixing(config, described, loader, loss(model.F), model)
 
     mine = [int(shard) for shard in np.array_split(np.arange(shards), ranks.size)[ranks.rank]]
     team = make_team(config, model, ranks, len(mine))
@@ -183,25 +187,34 @@ def input_options(dataset: Dataset) -> dict[str, Any]:
 
 def make_loader(config: Config, data: Data, code: Code) -> DataLoader:
     """Return the training batches that ``config`` asks for. Raises UserError."""
-    dataset, augment = data.dataset, None
-    height, width = dataset.train_images.shape[2:]
-    if (config.cutout or 0) > min(height, width):
-        raise UserError(f"--cutout {config.cutout} does not fit into images of {height}x{width} pixels")
-    if config.augment is not None:
-        augment = code.find("--augment", config.augment, {}, "FUNCTION")
+    dataset = data.dataset
+    try:
+        listed = entries(config.augment, lambda name: code.find("--augment", name, {}, "FUNCTION"))
+        check_sizes(listed, *dataset.train_images.shape[2:])
+    except ValueError as error:
+        raise UserError(f"--augment {error}") from None
     return DataLoader(
         dataset.train_images,
         dataset.train_labels,
         config.batch_size or 1,
         seed=config.seed or 0,
         shards=config.shards or 1,
-        flip=bool(config.flip),
-        crop_padding=config.crop or 0,
-        cutout_size=config.cutout or 0,
-        augment=augment,
+        augment=listed,
+        sample=config.sample or "all",
+        classes=len(dataset.classes),
         mean=data.mean,
         std=data.std,
     )
+
+
+def check_mixing(config: Config, data: Data, loader: DataLoader, loss: Loss, model: Model) -> None:
+    """Raise UserError where images are mixed, and a person's ``loss`` does not take the probabilities (N, K) then."""
+    mixing = [entry.text for entry in loader.after if entry.mixes]
+    if mixing and config.loss not in LOSSES and data.dataset.train_labels.ndim == 1:
+        logits = model.as_array(np.zeros((2, loader.classes), np.float32))
+        what = f"--augment {mixing[0]} makes labels probabilities (N, K), which --loss {config.loss} does not take"
+        with explained(what):
+            loss(logits, model.as_array(np.full(logits.shape, 1 / loader.classes, np.float32)), reduction="sum")
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
