@@ -106,6 +106,20 @@ def test_any_number_of_ranks_gives_the_bits_of_one(ranks, shared_tmp, tmp_path, 
 
 
 @pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("sample", ["all", "balanced"])
+def test_mixed_and_balanced_batches_are_the_same_on_any_number_of_ranks(ranks, shared_tmp, tmp_path, data, sample):
+    options = {
+        "augment": "flip,crop=4,resized_crop=0.3,jitter=0.4,cutout=3,erasing=0.5,mixup=0.4,cutmix=1",
+        "sample": sample, "balance": True, "label_smoothing": 0.1, "data": data,
+    }  # fmt: skip
+    together = train(shared_tmp / "together", ranks, **options)
+    alone = train(tmp_path / "alone", Ranks(), threads=3, max_steps=6, **options)
+    resumed = new(Config(out=alone.out, resume="auto"), Ranks())
+    assert resumed.run() == 0 and resumed.step == together.step
+    assert state(together) == state(resumed)
+
+
+@pytest.mark.mpi(min_size=1)
 @pytest.mark.parametrize("stop", [0, 3, 5, 7])
 def test_resume_on_other_ranks_in_the_middle_of_an_epoch(ranks, shared_tmp, tmp_path, data, stop):
     """Part on all ranks, part on one, and the reverse: all end as the undisturbed run does."""
