@@ -247,6 +247,8 @@ def test_windows_and_factors_are_drawn_in_their_ranges():
     erased = DataLoader(ones, labels, 500, False, augment="erasing=0.4").batch(0)[0]
     shares = (erased == 0).mean(axis=(1, 2, 3))
     assert 0.3 < (shares > 0).mean() < 0.5 and shares.max() < 0.36 and 0 < shares[shares > 0].min() < 0.05
+    for edge in (erased[:, 0, 0], erased[:, 0, -1], erased[:, 0, :, 0], erased[:, 0, :, -1]):
+        assert (edge == 0).any(), "a rectangle may lie at any edge"
     bright = DataLoader(ones / 2, labels, 500, False, augment="jitter=0.3").batch(0)[0][:, 0, 0, 0]
     assert 0.35 <= bright.min() < 0.37 and 0.63 < bright.max() <= 0.65
 
@@ -300,7 +302,10 @@ def test_targets_of_several_numbers_are_mixed_as_they_are():
 
 
 def test_shards_without_samples_are_empty_batches():
-    everything = loader(f"{BY_SAMPLE},mixup=1,cutmix=1", count=2, batch=2)
+    def own(images, labels, draw):
+        raise AssertionError("there is nothing to change")
+
+    everything = loader([own, f"{BY_SAMPLE},mixup=1,cutmix=1"], count=2, batch=2)
     x, y = everything.batch(0, 2)
     assert x.shape == (0, 3, H, W) and y.shape == (0, 4) and x.dtype == y.dtype == np.float32
 

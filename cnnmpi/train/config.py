@@ -22,6 +22,7 @@ from cnnmpi.data.transforms import entries, text_of
 from cnnmpi.distributed import UserError
 from cnnmpi.models import MODELS
 from cnnmpi.train.code import Code
+from cnnmpi.train.earlier import BEFORE, NOW, check_flags, with_augment
 
 JSON_OBJECT = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
@@ -126,8 +127,6 @@ DEFAULTS: dict[str, Any] = {
 PROGRAM = "cnnmpi.train"
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
 CODE = ("model", "loss", "augment")  # the settings that may name a person's code
-BEFORE = ("flip", "crop", "cutout")  # settings of their own in earlier versions, now entries of augment
-NOW = "flip, crop and cutout are part of augment, as in augment = 'flip,crop=4,cutout=8'"
 
 
 def recipe_of(config: Config, code: Code) -> dict[str, Any]:
@@ -230,7 +229,7 @@ def parse(argv: Sequence[str], given: Config | None = None, code: Code | None = 
     Raises UserError for a bad TOML file; a bad command line ends in SystemExit(2) with an explanation.
     """
     args, from_file = _without_file(argv)
-    _check_flags(args)
+    check_flags(args)
     switches = [flag(name) for name, kind in get_type_hints(Experiment).items() if kind == bool | None]
     for position, argument in enumerate(args):  # what may stand alone
         following = args[position + 1] if position + 1 < len(args) else "--"
@@ -259,21 +258,6 @@ def _without_file(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
                 raise UserError("--config needs the name of a TOML file")
             return args[:position] + args[position + (1 if inline else 2) :], read_toml(path)
     return args, {}
-
-
-def _check_flags(args: Sequence[str]) -> None:
-    """Raise UserError that says what to write now for flags of earlier versions."""
-    content: dict[str, Any] = {}
-    for position, argument in enumerate(args):
-        name, inline, value = argument.partition("=")
-        following = value if inline else next(iter(args[position + 1 : position + 2]), "--")
-        if name in ("--flip", "--no-flip"):
-            content["flip"] = name == "--flip" and following.lower() != "false"
-        elif name in ("--crop", "--cutout", "--model"):
-            content[name.removeprefix("--")] = "N" if following.startswith("--") else following
-    if old := [f"--{name}" for name in BEFORE if name in content]:
-        text = with_augment(content, "")["augment"]
-        raise UserError(f"{', '.join(old)}: augmentation is one setting now: write --augment {text}")
 
 
 def _description() -> str:
@@ -323,26 +307,6 @@ def from_plain(content: dict[str, Any], source: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{source}: augment: {error}") from None
     return {key.replace("-", "_"): getattr(parsed, key.replace("-", "_")) for key in content}
-
-
-def with_augment(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return ``content`` with one ``augment`` for the settings flip, crop and cutout that earlier versions had.
-
-    They were applied in that order, a person's own augmentation before cutout. One that is missing had its usual value:
-    flip, no cutout, the crop of the reference network's recipe. Raises UserError for a flip that is neither.
-    """
-    if not set(BEFORE) & content.keys():
-        return content
-    network = MODELS.get(str(content.get("model")))
-    recipe = network.recipe if network else DEFAULTS
-    (usual,) = (entry.number for entry in entries(recipe["augment"]) if entry.text.startswith("crop"))
-    old = {"flip": True, "crop": usual, "cutout": 0} | content
-    if not isinstance(old["flip"], bool):
-        raise UserError(f"{source}: flip must be true or false, got {old['flip']!r}")
-    own, crop, cutout = content.get("augment"), old["crop"], old["cutout"]
-    listed = [("flip", old["flip"]), (f"crop={crop}", crop), (own, own), (f"cutout={cutout}", cutout)]
-    text = ",".join(str(word) for word, value in listed if value not in (None, 0, "0")) or "none"
-    return {key: value for key, value in content.items() if key not in BEFORE} | {"augment": text}
 
 
 def to_plain(settings: Experiment | Execution) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from cnnmpi.data import Dataset
 from cnnmpi.distributed import Ranks, UserError, failing_together, start
 from cnnmpi.models import Model
 from cnnmpi.train.code import Code, importing
-from cnnmpi.train.config import BEFORE, NOW, Config, named, parse
+from cnnmpi.train.config import Config, named, parse
+from cnnmpi.train.earlier import BEFORE, NOW
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.measures import Metric

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.common.arrays import Array
-from cnnmpi.data import Dataset
+from cnnmpi.data import DataLoader, Dataset
 from cnnmpi.distributed import UserError
 from cnnmpi.functional import accuracy, label_accuracy, top5_accuracy
-from cnnmpi.train.code import Code
+from cnnmpi.models import Model
+from cnnmpi.train.code import Code, explained
 from cnnmpi.train.config import Config
 
 Loss = Callable[..., tuple[float, Any]]  # loss(logits, targets, reduction="sum") -> (loss, dlogits)
@@ -111,6 +112,16 @@ def find_losses(
     if weight is not None:
         options["weight"] = weight
     return lambda F: functools.partial(getattr(F, LOSSES[name]), **options), lambda F: getattr(F, LOSSES[name])
+
+
+def check_mixing(config: Config, loader: DataLoader, loss: Loss, model: Model) -> None:
+    """Raise UserError where labels become probabilities (N, K), and a person's ``loss`` does not take them."""
+    mixing = [entry.text for entry in loader.after if entry.mixes]
+    if mixing and config.loss not in LOSSES:
+        logits, targets = np.zeros((2, loader.classes), np.float32), np.eye(2, loader.classes, dtype=np.float32)
+        what = f"--augment {mixing[0]} makes labels probabilities (N, K), which --loss {config.loss} does not take"
+        with explained(what):
+            loss(model.as_array(logits), model.as_array(targets), reduction="sum")
 
 
 def class_weights(labels: Array, classes: int) -> Array:

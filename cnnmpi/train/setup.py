@@ -30,7 +30,7 @@ from cnnmpi.train.config import Config, continued, resolve, to_toml
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
-from cnnmpi.train.measures import LOSSES, Loss, Metric, class_weights, find_losses, make_measures, with_loss
+from cnnmpi.train.measures import Metric, check_mixing, class_weights, find_losses, make_measures, with_loss
 from cnnmpi.train.report import Report, greeting
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import accepted, load_checkpoint, model_attributes, unpack, version_of
@@ -76,7 +76,7 @@ def set_up(
     loss, test_loss = find_losses(config, code, weight)
     ranks.agree("the source of the code that they train with", code.sources())
     model = make_model(network, config, options, ranks.local_rank)
-    check_mixing(config, described, loader, loss(model.F), model)
+    check_mixing(config, loader, loss(model.F), model)
 
     mine = [int(shard) for shard in np.array_split(np.arange(shards), ranks.size)[ranks.rank]]
     team = make_team(config, model, ranks, len(mine))
@@ -205,16 +205,6 @@ def make_loader(config: Config, data: Data, code: Code) -> DataLoader:
         mean=data.mean,
         std=data.std,
     )
-
-
-def check_mixing(config: Config, data: Data, loader: DataLoader, loss: Loss, model: Model) -> None:
-    """Raise UserError where images are mixed, and a person's ``loss`` does not take the probabilities (N, K) then."""
-    mixing = [entry.text for entry in loader.after if entry.mixes]
-    if mixing and config.loss not in LOSSES and data.dataset.train_labels.ndim == 1:
-        logits = model.as_array(np.zeros((2, loader.classes), np.float32))
-        what = f"--augment {mixing[0]} makes labels probabilities (N, K), which --loss {config.loss} does not take"
-        with explained(what):
-            loss(logits, model.as_array(np.full(logits.shape, 1 / loader.classes, np.float32)), reduction="sum")
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
