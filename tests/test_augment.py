@@ -291,6 +291,11 @@ def test_a_function_of_ones_own_may_change_labels_and_draws_for_its_shard():
     for wrong in (lambda x, y, draw: (x, y[1:]), lambda x, y, draw: (x, y * 1.0), lambda x, y, draw: (x, "cat")):
         with pytest.raises(DataError, match=r"returned labels .*; expected int64"):
             loader(wrong).batch(0)
+    for wrong in (lambda x, y, draw: x[:, :, 1:], lambda x, y, draw: x.astype(int), lambda x, y, draw: None):
+        with pytest.raises(DataError, match=r"returned .* for images uint8 .*; expected uint8, or float32"):
+            loader(wrong).batch(0)
+    with pytest.raises(DataError, match=r"returned uint8 .* for images float32 .*; expected float32 of the same shape"):
+        loader(["cutout=1", lambda x, y, draw: x.astype(np.uint8)]).batch(0)
 
 
 def test_targets_of_several_numbers_are_mixed_as_they_are():
