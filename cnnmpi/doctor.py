@@ -6,6 +6,7 @@ python -m cnnmpi.doctor --model nets.py:Net  # a network of your own as well: wh
 """
 
 import fcntl
+import math
 import os
 import shutil
 import subprocess
@@ -25,13 +26,14 @@ import tyro
 
 from cnnmpi import console
 from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
-from cnnmpi.data import DataError, Dataset, find_data, read_hdf5, synthetic
+from cnnmpi.data import Compressed, DataError, Dataset, find_data, read_hdf5, read_in_place, synthetic
 from cnnmpi.distributed import Ranks, UserError, failing_together, launched, little_shared_memory, start
 from cnnmpi.machine import allowance, free_mib, shared_folders
 from cnnmpi.models import MODELS, Model
 from cnnmpi.train.code import Code, explained, source_sha256
 from cnnmpi.train.config import DEFAULTS, Config, resolve
-from cnnmpi.train.setup import input_options, make_model
+from cnnmpi.train.inputs import input_options
+from cnnmpi.train.setup import make_model
 
 MIB = 1 << 20
 CHECKPOINTS = 4  # last, previous, best, and the one being written
@@ -189,7 +191,12 @@ def check_space(out: Path, size: int) -> Finding:
 def read_data(spec: str) -> tuple[Path | None, Dataset]:
     """Return the data that ``--data spec`` means, and their file if there is one. Raises DataError."""
     path = find_data("data/cifar10.h5" if spec in ("auto", "cifar10") else spec)
-    return path, read_hdf5(path) if path else synthetic()
+    if path is None:
+        return path, synthetic()
+    try:
+        return path, read_in_place(path)
+    except Compressed:
+        return path, read_hdf5(path)
 
 
 def check_data(spec: str) -> Finding:
@@ -198,14 +205,19 @@ def check_data(spec: str) -> Finding:
         path, dataset = read_data(spec)
         if path is None:
             return Finding("synthetic images need no file")
+        digest = dataset.digest()
     except DataError as error:
         return Finding(str(error), "or let cnnmpi.train download CIFAR-10, with --data cifar10")
-    size, digest = dataset.train_images.nbytes + dataset.test_images.nbytes, dataset.digest()
+    if dataset.recorded is not None and dataset.recorded.data_sha256 != digest:
+        return Finding(f"{path}: is not what was written", "python -m cnnmpi.data verify says what differs")
+    size = sum(math.prod(images.shape) for images in (dataset.train_images, dataset.test_images))
     text = f"{path}: {dataset.source}, {size // MIB} MiB, sha256 {digest}"
     rooms = {folder: free_mib(folder) for folder in shared_folders()}
     if max(rooms.values(), default=0) <= size // MIB:
         where = ", ".join(f"{folder} ({free} MiB free)" for folder, free in rooms.items())
-        return Finding(text, f"ranks share the data in {where}: enlarge it, or name another folder in TMPDIR")
+        if isinstance(dataset.train_images, np.ndarray):  # compressed
+            return Finding(text, f"ranks share the data in {where}: enlarge it, or name another folder in TMPDIR")
+        text += f"; too much to be shared in {where}, so ranks read the file itself"
     return Finding(text)
 
 

@@ -17,8 +17,9 @@ from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.sizes import pair
 from cnnmpi.train import Config, Evaluation, evaluate
 from cnnmpi.train.code import Code
+from cnnmpi.train.inputs import open_data, parts_of
 from cnnmpi.train.measures import find_losses, make_measures, with_loss
-from cnnmpi.train.setup import load_trained, open_data
+from cnnmpi.train.setup import load_trained
 
 PROGRAM = "cnnmpi.evaluate"
 LARGEST_MATRIX = 20  # classes up to which the confusion matrix is shown
@@ -39,7 +40,7 @@ def run(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     /,
     data: str = "auto",
-    split: Literal["test", "train"] = "test",
+    split: Literal["test", "val", "train"] = "test",
     threads: int = 0,
     model: str | None = None,
     loss: str | None = None,
@@ -49,7 +50,7 @@ def run(
     Args:
         checkpoint: a checkpoint of cnnmpi.train.
         data: auto, cifar10, synthetic, an HDF5 file, or a CIFAR archive.
-        split: which images.
+        split: which images; val are those that the run held out (--validation), and train then are the rest.
         threads: threads to compute with; 0 uses all cores.
         model: the network of a checkpoint of your own: FILE.py:CLASS or MODULE:CLASS.
         loss: the loss to report, FILE.py:FUNCTION for one of your own; that of the run, unless it was your own.
@@ -58,29 +59,31 @@ def run(
     trained, ranks = load_trained(checkpoint, model), Ranks()
     trained.F.set_threads(threads or ranks.default_threads())
     dataset = open_data(data, ranks, lambda text: print(printable(text), file=sys.stderr)).dataset
-    images, labels = (
-        (dataset.test_images, dataset.test_labels) if split == "test" else (dataset.train_images, dataset.train_labels)
-    )
     info = trained.info
     known = in_words(info.options["in_channels"], pair(info.options["image_size"]), info.classes)
-    given = in_words(images.shape[1], images.shape[2:], dataset.classes)
+    _, channels, *size = dataset.test_images.shape
+    given = in_words(channels, size, dataset.classes)
     if known != given:
         raise UserError(f"{checkpoint} was trained on {known}; --data {data} has {given}")
     for number, (theirs, ours) in enumerate(zip(info.classes, dataset.classes, strict=True)):
         if theirs != ours:
             raise UserError(f"class {number} of {checkpoint} is {theirs}, that of --data {data} is {ours}")
-    of_run = json.loads(info.attributes.get("config", "{}")).get("loss") or ""
-    config = with_loss(Config(loss=loss or (None if ":" in of_run else of_run or None)), dataset)
+    of_run = json.loads(info.attributes.get("config", "{}"))
+    parts = parts_of(dataset, of_run.get("validation") or 0.0, of_run.get("seed") or 0)
+    if split not in parts:
+        raise UserError(f"--split val: the run of {checkpoint} held no images out (--validation)")
+    part, its_loss = parts[split], of_run.get("loss") or ""
+    config = with_loss(Config(loss=loss or (None if ":" in its_loss else its_loss or None)), dataset)
     _, measured = find_losses(config, Code(), trained.F)
     metrics = make_measures(config, dataset, type(trained).recipe.get("metrics")).metrics
     try:
         scaling = {"mean": info.mean, "std": info.std}
         result = evaluate(
-            trained, images, labels, classes=len(dataset.classes), loss=measured, metrics=metrics, **scaling
+            trained, part.images, part.labels, classes=len(dataset.classes), loss=measured, metrics=metrics, **scaling
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    print(printable(f"{checkpoint} on the {len(images)} {split} images of {dataset.source}"))
+    print(printable(f"{checkpoint} on the {len(part.labels)} {split} images of {dataset.source}"))
     values = {("accuracy" if name == "acc" else name): value for name, value in result.metrics.items()}
     print("  ".join(f"{name} {value:.4f}" for name, value in {**values, "loss": result.loss}.items()))
     if len(result.labels):

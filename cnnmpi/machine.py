@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import threadpoolctl
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -57,7 +58,7 @@ def usable_cores(root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> Iterator[tuple[str, float]]:
     """Yield (folder, cores) for each control group, from this process's own up to the outermost, that has a quota."""
-    for folder, top in _control_groups(root):
+    for folder, top in _control_groups(root, "cpu"):
         for group in (folder, *folder.parents):
             with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
                 if (group / "cpu.max").exists():
@@ -70,14 +71,14 @@ def _quotas(root: Path) -> Iterator[tuple[str, float]]:
                 break
 
 
-def _control_groups(root: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield (folder of this process's group, mount point) for each hierarchy that may limit the time of cores."""
+def _control_groups(root: Path, controller: str) -> Iterator[tuple[Path, Path]]:
+    """Yield (folder of this process's group, mount point) for each hierarchy that may limit what a controller does."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return
-    paths: dict[str, Path] = {}  # of the controller cpu (version 1), or of "" (version 2)
+    paths: dict[str, Path] = {}  # of a controller such as cpu (version 1), or of "" (version 2)
     for line in lines:
         _, controllers, path = line.split(":", 2)
         paths.update(dict.fromkeys(controllers.split(","), Path(path)))
@@ -85,15 +86,36 @@ def _control_groups(root: Path) -> Iterator[tuple[Path, Path]]:
         before, _, after = line.partition(" - ")
         mounted, point = (re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), text) for text in before.split()[3:5])
         kind, _, options = after.split(" ", 2)
-        controller = {"cgroup": "cpu", "cgroup2": ""}.get(kind)
-        if controller in paths and (kind == "cgroup2" or "cpu" in options.split(",")):
-            group, top = paths[controller], root / point.lstrip("/")
+        key = {"cgroup": controller, "cgroup2": ""}.get(kind)
+        if key in paths and (kind == "cgroup2" or controller in options.split(",")):
+            group, top = paths[key], root / point.lstrip("/")
             # a container may see the path of its group on the host, but only what is mounted of it
             inside = group.is_relative_to(mounted) and ".." not in group.parts
             yield (top / group.relative_to(mounted) if inside else top), top
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Return how many bytes processes may still take: what the host has free, or less where control groups limit it.
+
+    ``root`` is where /proc and the control groups are looked for. What a group has cached of files counts as free.
+    """
+    left = [psutil.virtual_memory().available]
+    for folder, top in _control_groups(root, "memory"):
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if (group / "memory.max").exists():  # version 2
+                    names, cached = ("memory.max", "memory.current"), "inactive_file"
+                else:
+                    names, cached = ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"
+                limit, used = (int((group / name).read_text()) for name in names)  # "max": ValueError
+                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                left.append(limit - used + int(counts[cached]))
+            if group == top:
+                break
+    return max(0, int(min(left)))
 
 
 def shared_folders() -> list[Path]:

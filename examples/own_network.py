@@ -25,7 +25,12 @@ def grow(channels: int, by: int) -> Concat:
 class DenseNet(cnnmpi.Model):
     """Two blocks of three growing layers; a 1x1 convolution and a pool between them."""
 
-    recipe = {"loss": confidence_penalty, "lr": 0.1, "epochs": 20, "crop": 4}  # what the command line leaves out
+    recipe = {
+        "loss": confidence_penalty,
+        "lr": 0.1,
+        "epochs": 20,
+        "augment": "flip,crop=4",
+    }  # what the command line leaves out
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10, width: int = 24, growth: int = 12) -> None:
         super().__init__()

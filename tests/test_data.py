@@ -1117,7 +1117,7 @@ def test_each_sample_is_seen_once_an_epoch(count, batch_size, shards, shuffle):
 
 def test_a_batch_is_a_function_of_its_step():
     dataset = tiny(train=50)
-    options = {"seed": 5, "flip": True, "crop_padding": 4, "cutout_size": 2, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    options = {"seed": 5, "augment": "flip,crop=4,cutout=2", "mean": (0.5,) * 3, "std": (0.2,) * 3}
     arguments = (dataset.train_images, dataset.train_labels, 16)
     whole, cut = DataLoader(*arguments, **options), DataLoader(*arguments, shards=3, **options)
     wanted = [whole.batch(step) for step in range(8)]  # two epochs
@@ -1137,11 +1137,11 @@ def test_augmentation_in_the_loader_is_flip_then_crop_with_zeros():
     x, y = tiny(train=200, shape=(3, 8, 8), classes=200).train_images, np.arange(200)
     plain = DataLoader(x, y, 200, False)
     assert np.array_equal(plain.batch(0)[0], x.astype(np.float32) / 255)
-    flipped = DataLoader(x, y, 200, False, flip=True).batch(0)[0] * np.float32(255)
+    flipped = DataLoader(x, y, 200, False, augment="flip").batch(0)[0] * np.float32(255)
     same = np.array([np.allclose(a, b) for a, b in zip(flipped, x, strict=True)])
     mirrored = np.array([np.allclose(a, b[:, :, ::-1]) for a, b in zip(flipped, x, strict=True)])
     assert np.all(same ^ mirrored) and 60 < mirrored.sum() < 140
-    cropped = DataLoader(x, y, 200, False, crop_padding=1).batch(0)[0] * np.float32(255)
+    cropped = DataLoader(x, y, 200, False, augment="crop=1").batch(0)[0] * np.float32(255)
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
     offsets = [
         [(t, l) for t in range(3) for l in range(3) if np.allclose(cropped[i], padded[i, :, t : t + 8, l : l + 8])]
@@ -1152,7 +1152,7 @@ def test_augmentation_in_the_loader_is_flip_then_crop_with_zeros():
 
 def test_cutout_in_the_loader_reaches_every_place_and_blanks_with_the_mean():
     x = np.full((400, 3, 8, 8), 255, np.uint8)
-    images = DataLoader(x, np.arange(400), 400, False, cutout_size=3, mean=(0.5,) * 3, std=(0.5,) * 3).batch(0)[0]
+    images = DataLoader(x, np.arange(400), 400, False, augment="cutout=3", mean=(0.5,) * 3, std=(0.5,) * 3).batch(0)[0]
     blank = (images == 0).all(axis=1)
     assert np.all(blank.sum(axis=(1, 2)) == 9) and np.all((images == 0) | (images == 1))
     corners = {(int(rows.min()), int(columns.min())) for rows, columns in map(np.nonzero, blank)}
@@ -1162,7 +1162,7 @@ def test_cutout_in_the_loader_reaches_every_place_and_blanks_with_the_mean():
 def test_the_loader_does_not_copy_channels_last_images_and_leaves_them_alone():
     dataset = tiny()
     before = dataset.train_images.copy()
-    loader = DataLoader(dataset.train_images, dataset.train_labels, 8, flip=True, crop_padding=2)
+    loader = DataLoader(dataset.train_images, dataset.train_labels, 8, augment="flip,crop=2")
     dataset.train_images.setflags(write=False)
     for x, _ in loader:
         x += 1
@@ -1183,9 +1183,11 @@ def test_nonsense_arguments_are_refused():
         ((x[:0], y[:0], 4), {}),
         ((x, y.astype(np.float64), 4), {}),
         ((x, y, 4), {"shards": 0}),
-        ((x, y, 4), {"crop_padding": -1}),
-        ((x, y, 4), {"cutout_size": -1}),
-        ((x, y, 4), {"cutout_size": 99}),
+        ((x, y, 4), {"augment": "crop=-1"}),
+        ((x, y, 4), {"augment": "cutout=99"}),
+        ((x, y, 4), {"sample": "most"}),
+        ((x, y, 4, False), {"sample": "balanced"}),
+        ((x, np.eye(8), 4), {"sample": "balanced"}),
         ((x, y, 4), {"mean": (0.5,) * 3}),
         ((x, y, 4), {"mean": (0.5,) * 3, "std": (0.0,) * 3}),
         ((x, y, 4), {"mean": (0.5,), "std": (1.0,)}),
@@ -1211,6 +1213,6 @@ def test_the_real_images():
 
 def test_flips_and_crops_are_drawn_anew_each_epoch():
     x = np.arange(40 * 3 * 8 * 8, dtype=np.float32).reshape(40, 3, 8, 8)
-    for options in ({"flip": True}, {"crop_padding": 2}, {"cutout_size": 3}):
-        loader = DataLoader(x, np.arange(40), 40, shuffle=False, **options)
+    for augment in ("flip", "crop=2", "cutout=3"):
+        loader = DataLoader(x, np.arange(40), 40, shuffle=False, augment=augment)
         assert not np.array_equal(loader.batch(0)[0], loader.batch(1)[0])

@@ -159,7 +159,9 @@ def test_shared_memory_is_free_when_a_run_is_no_longer_used(ranks, shared_tmp):
         del trainer
         assert shared_maps() == before
     with pytest.raises(UserError, match="cutout"):
-        set_up(Config(data=str(shared_tmp / "data.h5"), out=shared_tmp / "bad", batch_size=20, cutout=99), ranks)
+        set_up(
+            Config(data=str(shared_tmp / "data.h5"), out=shared_tmp / "bad", batch_size=20, augment="cutout=99"), ranks
+        )
     gc.collect()
     assert shared_maps() == before
 

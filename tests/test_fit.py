@@ -35,8 +35,8 @@ def loss(logits, targets, reduction="sum"):
     return total + penalty, dlogits + 0.02 * logits / (1 if reduction == "sum" else np.float32(len(logits)))
 
 
-def darker(images, rng):
-    return images // rng.integers(1, 4, (len(images), 1, 1, 1)).astype(np.uint8)
+def darker(images, labels, draw):
+    return images // draw("darker").integers(1, 4, (len(images), 1, 1, 1)).astype(np.uint8)
 
 
 def confident(logits, targets):
@@ -45,7 +45,8 @@ def confident(logits, targets):
 
 class Net(Model):
     recipe = {
-        "loss": loss, "augment": darker, "metrics": {"confident": confident}, "lr": 0.1, "batch_size": 40, "epochs": 2,
+        "loss": loss, "augment": ["flip", darker], "metrics": {"confident": confident},
+        "lr": 0.1, "batch_size": 40, "epochs": 2,
     }
 
     def __init__(self, in_channels=3, num_classes=10, width=8):
@@ -196,7 +197,7 @@ def test_targets_of_several_numbers_train_and_evaluate(tmp_path, loss):
     write_hdf5(tmp_path / "soft.h5", Dataset.of(arrays))
     again = read_hdf5(tmp_path / "soft.h5")
     assert np.array_equal(again.train_labels, y[0]) and again.digest() == Dataset.of(arrays).digest()
-    result = cnnmpi.fit(Small, data=tmp_path / "soft.h5", out=tmp_path / "run", crop=0, **QUICK)
+    result = cnnmpi.fit(Small, data=tmp_path / "soft.h5", out=tmp_path / "run", augment="flip", **QUICK)
     assert json.loads(checkpoint.load(result.out / "last.h5")[1]["config"])["loss"] == loss, "what suits the targets"
     x = cnnmpi.DataLoader(
         data.test_images, y[1], 40, shuffle=False, mean=result.model.info.mean, std=result.model.info.std
@@ -528,6 +529,11 @@ def test_what_is_no_network_is_refused_by_name(tmp_path):
         cnnmpi.fit(Small, data=(np.zeros((4, 3, 8, 8), int), np.zeros(4, int)) * 2, out=tmp_path / "run")
 
 
+def labels_only(logits, targets, reduction):
+    """A loss that takes classes (N,) and no probabilities."""
+    return -float(logits[np.arange(len(logits)), targets].sum()), -np.eye(logits.shape[1], dtype="f")[targets]
+
+
 @pytest.mark.parametrize(
     "parts, message",
     [
@@ -535,8 +541,24 @@ def test_what_is_no_network_is_refused_by_name(tmp_path):
         ({"loss": lambda z, y, reduction: (3.0, z[:1])}, r"returned a gradient float32 \(1, 10\); expected float32"),
         ({"loss": lambda z, y, reduction: (3.0, z.astype(float))}, "returned a gradient float64"),
         ({"loss": lambda z, y, reduction: ("high", z)}, "the loss .* returned a tuple"),
-        ({"augment": lambda x, rng: x[:, :, 1:]}, r"the augmentation .* returned uint8 \(\d+, 3, 15, 16\)"),
-        ({"augment": lambda x, rng: None}, "the augmentation .* returned NoneType"),
+        ({"augment": lambda x, y, draw: x[:, :, 1:]}, r"the augmentation .* returned uint8 \(\d+, 3, 15, 16\)"),
+        ({"augment": lambda x, y, draw: None}, "the augmentation .* returned NoneType"),
+        ({"augment": lambda x, y, draw: (x, y[1:])}, r"returned labels int64 \(9,\); expected int64 \(10,\), or prob"),
+        (
+            {"augment": ["cutout=2", lambda x, y, draw: x.astype(float)]},
+            r"returned float64 .*; expected float32 of the",
+        ),
+        ({"augment": lambda x, rng: x}, "--augment .*lambda> must take three arguments: images, labels, draw"),
+        (
+            {"augment": [lambda *three: three[0], lambda *three: three[1]]},
+            "two functions are called .*: give each a name",
+        ),
+        ({"augment": 3}, "--augment .*: expected a function, got a int"),
+        ({"crop": 4}, r"fit\(\) got crop, which are no settings; flip, crop and cutout are part of augment"),
+        (
+            {"augment": "mixup=1", "loss": labels_only},
+            r"--augment mixup=1 makes labels probabilities .*--loss .*IndexE",
+        ),
         ({"metrics": {"m": lambda z, y: 3}}, r"the metric m returned 3; expected \(sum, count\)"),
         ({"metrics": {"m": 3}}, "metrics: 'm' must be"),
         ({"metrics": [len]}, r"metrics must be a dictionary \{name: function\}, got a list"),
@@ -550,7 +572,7 @@ def test_what_is_no_network_is_refused_by_name(tmp_path):
         ({"loss": "nowhere"}, "--loss must be one of cross_entropy, binary_cross_entropy, mse, or FILE.py:FUNCTION"),
         ({"loss": "mse"}, r"--loss mse needs targets \(N, K\)"),
         ({"loss": lambda z, y, reduction: (0, z), "label_smoothing": 0.1}, "--label-smoothing belongs to"),
-        ({"augment": "mirror"}, "--augment must be FILE.py:FUNCTION or MODULE:FUNCTION"),
+        ({"augment": "mirror"}, "--augment 'mirror' is none of flip, crop=NUMBER, .* and no FILE.py:FUNCTION"),
     ],
 )
 def test_code_that_returns_nonsense_is_named(tmp_path, parts, message):
@@ -578,7 +600,9 @@ def test_mistakes_on_the_command_line_are_one_line(here, tmp_path):
     assert python(*train, "--model", "net.py:Net", "--max-steps", "1").returncode == 0
     assert "name it, as --model net.py:Net" in refusal(*train, "--resume")
     assert "--model simplecnn (the run has net.py:Net)" in refusal(*train, "--resume", "--model", "simplecnn")
-    other = refusal(*train, "--resume", "--model", "net.py:Wide", "--loss", "net.py:loss", "--augment", "net.py:darker")
+    other = refusal(
+        *train, "--resume", "--model", "net.py:Wide", "--loss", "net.py:loss", "--augment", "flip,net.py:darker"
+    )
     assert "the weights do not fit Wide: stem.weight has shape (8, 3, 3, 3), expected (12, 3, 3, 3)" in other
 
 

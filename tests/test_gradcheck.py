@@ -41,6 +41,10 @@ def test_no_layer_is_left_out() -> None:
         (functools.partial(functional.cross_entropy_loss, label_smoothing=0.2), np.array([0, 3, 3, 1, 2])),
         (functools.partial(functional.cross_entropy_loss, weight=[1, 2, 0.5, 3]), np.array([0, 3, 3, 1, 2])),
         (functional.cross_entropy_loss, np.full((5, 4), 0.25, np.float32)),
+        (
+            functools.partial(functional.cross_entropy_loss, label_smoothing=0.2, weight=[1, 2, 0.5, 3]),
+            0.3 * np.eye(5, 4) + 0.7 * np.eye(5, 4)[::-1],  # as mixup makes them
+        ),
         (functional.binary_cross_entropy_loss, np.eye(5, 4)),
         (functools.partial(functional.binary_cross_entropy_loss, pos_weight=[1, 2, 0.5, 3]), np.eye(5, 4)),
         (functional.mse_loss, np.eye(5, 4)),

@@ -33,7 +33,7 @@ torch = pytest.importorskip("torch")
 PLAIN: dict[str, Any] = {
     "model": "simplecnn", "epochs": 2, "batch_size": 24, "shards": 2, "optimizer": "sgd", "lr": 0.1,
     "schedule": "constant", "warmup": 0.0, "momentum": 0.0, "weight_decay": 0.0, "label_smoothing": 0.0, "clip": 0.0,
-    "flip": False, "crop": 0, "cutout": 0, "seed": 5, "threads": 1,
+    "augment": "none", "sample": "all", "balance": False, "seed": 5, "threads": 1,
 }  # fmt: skip
 
 
@@ -77,27 +77,62 @@ def new(config: Config, ranks: Ranks, **networks: Any) -> Trainer:
 
 
 def batch_by_hand(data: Dataset, s: dict[str, Any], step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images (n, C, H, W), float64, and labels of a step, one pixel operation after the other."""
+    """The images (n, C, H, W) and the classes' probabilities (n, K) of a step, float64, one pixel after the other."""
     pixels, (N, _, H, W) = data.train_images / 255.0, data.train_images.shape
     mean, std = pixels.mean(axis=(0, 2, 3)), pixels.std(axis=(0, 2, 3))
+    numbers = {name: float(value or 1) for name, _, value in (word.partition("=") for word in s["augment"].split(","))}
+    crop, cutout = (int(numbers.get(name, 0)) for name in ("crop", "cutout"))
     epoch, index = divmod(step, math.ceil(N / s["batch_size"]))
-    order = generator(s["seed"], "order", epoch).permutation(N)
+    order = order_by_hand(data.train_labels, s, epoch)
     mirrored = (generator(s["seed"], "flip").random(N) < 0.5) ^ (epoch % 2 == 1)
-    shift = generator(s["seed"], "crop", epoch).integers(0, 2 * s["crop"] + 1, (2, N))
-    square = generator(s["seed"], "cutout", epoch).integers(0, H - s["cutout"] + 1, (2, N))
-    samples = order[index * s["batch_size"] :][: s["batch_size"]]
+    shift = generator(s["seed"], "crop", epoch).integers(0, 2 * crop + 1, (2, N))
+    square = generator(s["seed"], "cutout", epoch).integers(0, H - cutout + 1, (2, N))
+    places = range(N)[index * s["batch_size"] :][: s["batch_size"]]
     batch = []
-    for i in samples:
-        image = pixels[i]
-        if s["flip"] and mirrored[i]:
+    for place in places:
+        image = pixels[order[place]]
+        drawn = order[place] if s["sample"] == "all" else place
+        if "flip" in numbers and mirrored[drawn]:
             image = image[:, :, ::-1]
-        top, left = shift[:, i]
-        image = np.pad(image, ((0, 0), (s["crop"],) * 2, (s["crop"],) * 2))[:, top : top + H, left : left + W]
+        top, left = shift[:, drawn]
+        image = np.pad(image, ((0, 0), (crop, crop), (crop, crop)))[:, top : top + H, left : left + W]
         image = (image - mean[:, None, None]) / std[:, None, None]
-        top, left = square[:, i]
-        image[:, top : top + s["cutout"], left : left + s["cutout"]] = 0
+        top, left = square[:, drawn]
+        image[:, top : top + cutout, left : left + cutout] = 0
         batch.append(image)
-    return np.stack(batch), data.train_labels[samples]
+    x, y = np.stack(batch), np.eye(10)[data.train_labels[order[places.start : places.stop]]]
+    for shard, part in enumerate(np.array_split(np.arange(len(x)), s["shards"])):
+        for mix in numbers.keys() & {"mixup", "cutmix"}:
+            rng = generator(s["seed"], f"augment/{mix}", step, shard + 1)
+            others, shares = part[rng.permutation(len(part))], rng.beta(numbers[mix], numbers[mix], len(part))
+            old, labels, centres = x.copy(), y.copy(), rng.random((2, len(part)))
+            for i, other, share, (middle, centre) in zip(part, others, shares, centres.T, strict=True):
+                if mix == "mixup":
+                    x[i] = share * old[i] + (1 - share) * old[other]
+                else:
+                    half = math.sqrt(1 - share) / 2
+                    top, bottom = (round(min(max(H * (middle + h), 0), H)) for h in (-half, half))
+                    left, right = (round(min(max(W * (centre + h), 0), W)) for h in (-half, half))
+                    x[i, :, top:bottom, left:right] = old[other, :, top:bottom, left:right]
+                    share = 1 - (bottom - top) * (right - left) / (H * W)
+                y[i] = share * labels[i] + (1 - share) * labels[other]
+    return x, y
+
+
+def order_by_hand(labels: np.ndarray, s: dict[str, Any], epoch: int) -> np.ndarray:
+    """The samples of an epoch."""
+    N, rng = len(labels), generator(s["seed"], "order", epoch)
+    if s["sample"] == "all":
+        return rng.permutation(N)
+    present = sorted(set(labels.tolist()))
+    luckier = rng.permutation(len(present))[: N % len(present)]
+    chosen: list[int] = []
+    for number, label in enumerate(present):
+        members = np.flatnonzero(labels == label)
+        times, more = divmod(N // len(present) + (number in luckier), len(members))
+        chosen += [member for member in members for _ in range(times)]
+        chosen += rng.permutation(members)[:more].tolist()
+    return rng.permutation(chosen)
 
 
 def rate_by_hand(s: dict[str, Any], step: int, total: int) -> float:
@@ -140,7 +175,10 @@ def trained_by_torch(data: Dataset, s: dict[str, Any], losses: list[float] | Non
     }[s["optimizer"]]()
     steps = math.ceil(len(data.train_images) / s["batch_size"])
     total = s["epochs"] * steps
-    loss_of = torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=s["label_smoothing"])
+    counts = np.bincount(data.train_labels, minlength=10)
+    balanced = torch.tensor([len(data.train_labels) / (np.count_nonzero(counts) * max(n, 1)) for n in counts])
+    weight = balanced.double() if s["balance"] else None
+    loss_of = torch.nn.CrossEntropyLoss(weight, reduction="sum", label_smoothing=s["label_smoothing"])
     statistics = (net.norm.running_mean, net.norm.running_var)
     for step in range(total):
         x, y = batch_by_hand(data, s, step)
@@ -257,7 +295,7 @@ def end_the_run(bench: Bench, field: str, value: Any) -> None:
 
 def keys_every_draw(bench: Bench, field: str, value: Any) -> None:
     """Order, flip, crop, cutout and first weights are the twin's; the masks of dropout get the key here."""
-    like_torch(flip=True, crop=2, cutout=3)(bench, field, value)
+    like_torch(augment="flip,crop=2,cutout=3,mixup=1")(bench, field, value)
     trainer = bench.trainer(seed=value, out=bench.folder / "b")
     for _ in range(2):
         trainer.train_step()
@@ -462,10 +500,10 @@ def is_minimised(bench: Bench, field: str, value: Any) -> None:
     assert largest_difference(trained(loss="cross_entropy", out=bench.folder / "b"), at_half_the_rate) > 10 * TOLERANCE
 
 
-def brightened(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def brightened(images: np.ndarray, labels: np.ndarray, draw: Any) -> np.ndarray:
     """An augmentation of one's own."""
-    assert images.dtype == np.uint8
-    return images // 2 + rng.integers(0, 100, (len(images), 1, 1, 1)).astype(np.uint8)
+    assert images.dtype == np.uint8 and labels.shape == images.shape[:1]
+    return images // 2 + draw("brightness").integers(0, 100, (len(images), 1, 1, 1)).astype(np.uint8)
 
 
 def changes_the_images(bench: Bench, field: str, value: Any) -> None:
@@ -479,8 +517,8 @@ def changes_the_images(bench: Bench, field: str, value: Any) -> None:
         step, shard = divmod(number, 2)
         mean, std = (np.reshape(a, (3, 1, 1)) for a in (loader.mean, loader.std))
         pixels = np.rint((one * std + mean) * 255).astype(np.uint8)
-        draws = generator(PLAIN["seed"], "augment", step, shard + 1)
-        expected = (brightened(pixels, draws) / 255 - mean) / std
+        draws = generator(PLAIN["seed"], "augment/brightness", step, shard + 1)
+        expected = (brightened(pixels, np.zeros(len(pixels)), {"brightness": draws}.get) / 255 - mean) / std
         np.testing.assert_allclose(other, expected, atol=1e-5)  # float32 against float64, on numbers of order 1
 
 
@@ -508,10 +546,16 @@ ROWS: dict[str, list[tuple[Any, Check]]] = {
     "weight_decay": [(0.1, like_torch()), (0.3, like_torch(optimizer="adamw", lr=0.01))],
     "label_smoothing": [(0.2, like_torch())],
     "clip": [(0.5, like_torch(momentum=0.9, weight_decay=0.1))],
-    "flip": [(True, like_torch())],
-    "crop": [(3, like_torch())],
-    "cutout": [(5, like_torch())],
-    "augment": [("own.py:brightened", changes_the_images)],
+    "augment": [
+        ("flip", like_torch()),
+        ("crop=3", like_torch()),
+        ("cutout=5", like_torch()),
+        ("mixup=0.4", like_torch()),
+        ("cutmix=1", like_torch(label_smoothing=0.2)),
+        ("own.py:brightened", changes_the_images),
+    ],
+    "sample": [("balanced", like_torch()), ("balanced", like_torch(augment="flip,crop=3,cutout=5"))],
+    "balance": [(True, like_torch()), (True, like_torch(augment="mixup=1", label_smoothing=0.2))],
     "seed": [(6, keys_every_draw)],
     "backend": [("torch", computes_in_torch)],
     "device": [("cuda:1", is_asked_of_torch)],
@@ -546,13 +590,13 @@ def test_the_plain_run_is_the_twins(bench):
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_setting_has_a_flag_and_a_key(field, tmp_path):
-    value = False if field == "flip" else ROWS[field][0][0]
+    value = ROWS[field][0][0]
     usual = parse([])
     path = tmp_path / "settings.toml"
     path.write_text(tomli_w.dumps({field: str(value) if isinstance(value, Path) else value}))
     flag = "--" + field.replace("_", "-")
     text = json.dumps(value) if isinstance(value, dict) else str(value)
-    for argv in (["--no-flip"] if field == "flip" else [flag, text], ["--config", str(path)]):
+    for argv in ([flag] if value is True else [flag, text], ["--config", str(path)]):
         config = parse(argv)
         assert getattr(config, field) == value
         assert [name for name in FIELDS if getattr(config, name) != getattr(usual, name)] == [field]

@@ -39,15 +39,16 @@ def test_layers_and_models_take_them(kind):
 def test_a_loader_gives_the_same_batches(kind):
     draw = np.random.default_rng(0)
     x, y = draw.integers(0, 256, (120, 3, 32, 32), np.uint8), draw.integers(0, 100, 120)
-    options = {"batch_size": 100, "shards": 3, "crop_padding": 4, "cutout_size": 6, "flip": True}
-    plain = DataLoader(x, y, **options)
-    given = DataLoader(x, y.astype(kind), **{k: v if k == "flip" else kind(v) for k, v in options.items()})
+    options = {"batch_size": 100, "shards": 3}
+    plain = DataLoader(x, y, **options, augment="flip,crop=4,cutout=6")
+    numpys = {name: kind(value) for name, value in options.items()}
+    given = DataLoader(x, y.astype(kind), **numpys, augment="flip,crop=4,cutout=6")
     assert len(plain) == len(given) == 2
     for (ours, labels), (theirs, numbers) in zip(plain, given, strict=True):
         assert np.array_equal(ours, theirs) and np.array_equal(labels, numbers) and numbers.dtype == np.int64
 
 
-@pytest.mark.parametrize("name", ["batch_size", "shards", "crop_padding", "cutout_size"])
+@pytest.mark.parametrize("name", ["batch_size", "shards"])
 @pytest.mark.parametrize("value", [2.0, True, "2", None, np.float32(2)])
 def test_what_is_no_whole_number_is_refused_by_name(name, value):
     x, y = np.zeros((4, 1, 8, 8), np.uint8), np.zeros(4, int)
@@ -106,7 +107,7 @@ def test_flips_that_are_no_answers_are_refused():
 
 def test_settings_may_be_numpys(tmp_path):
     given = {"batch_size": np.uint8(200), "epochs": np.int64(1), "seed": np.int32(3), "max_steps": np.int8(1)}
-    given |= {"lr": np.float64(0.1), "crop": np.uint16(2), "shards": np.int64(2), "flip": np.True_}
+    given |= {"lr": np.float64(0.1), "warmup": np.float32(0.25), "shards": np.int64(2), "balance": np.True_}
     config = set_up(Config(data="synthetic", out=tmp_path / "run", **given), Ranks()).config
     for key, value in given.items():
         assert getattr(config, key) == value and type(getattr(config, key)) is type(value.item())

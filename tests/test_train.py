@@ -24,7 +24,10 @@ from cnnmpi.train import config as settings
 from cnnmpi.train.code import Code
 from cnnmpi.train.team import Team
 
-SMALL = {"batch_size": 24, "shards": 4, "epochs": 2, "threads": 1, "seed": 5, "lr": 0.05, "warmup": 0.0, "crop": 4}
+SMALL = {
+    "batch_size": 24, "shards": 4, "epochs": 2, "threads": 1, "seed": 5, "lr": 0.05, "warmup": 0.0,
+    "augment": "flip,crop=4",
+}  # fmt: skip
 
 
 def tiny(train=101, test=33) -> Dataset:
@@ -124,6 +127,20 @@ def test_any_number_of_ranks_gives_the_bits_of_one(ranks, shared_tmp, tmp_path, 
             assert mine["ranks"] == ranks.size
         digests = [checkpoint.load(t.out / "last.h5")[1]["weights_sha256"] for t in (together, alone)]
         assert digests[0] == digests[1] == checkpoint.weights_digest(together.model.state_dict())
+
+
+@pytest.mark.mpi(min_size=1)
+@pytest.mark.parametrize("sample", ["all", "balanced"])
+def test_mixed_and_balanced_batches_are_the_same_on_any_number_of_ranks(ranks, shared_tmp, tmp_path, data, sample):
+    options = {
+        "augment": "flip,crop=4,resized_crop=0.3,jitter=0.4,cutout=3,erasing=0.5,mixup=0.4,cutmix=1",
+        "sample": sample, "balance": True, "label_smoothing": 0.1, "data": data,
+    }  # fmt: skip
+    together = train(shared_tmp / "together", ranks, **options)
+    alone = train(tmp_path / "alone", Ranks(), threads=3, max_steps=6, **options)
+    resumed = new(Config(out=alone.out, resume="auto"), Ranks())
+    assert resumed.run() == 0 and resumed.step == together.step
+    assert state(together) == state(resumed)
 
 
 @pytest.mark.mpi(min_size=1)
@@ -371,15 +388,15 @@ def test_a_resume_takes_how_it_runs_from_who_resumes_and_what_it_computes_from_t
     train(run, ranks, data=data, max_steps=4, checkpoint_every=2)
     with pytest.raises(UserError, match=r"--lr 0\.5 \(the run has 0\.05\)"):
         new(Config(out=run, resume="auto", max_steps=6, lr=0.5), ranks)
-    with pytest.raises(UserError, match=r"--flip False \(the run has True\)"):
-        new(Config(out=run, resume="auto", flip=False), ranks)
+    with pytest.raises(UserError, match=r"--augment crop=4 \(the run has flip,crop=4\)"):
+        new(Config(out=run, resume="auto", augment="crop=4"), ranks)
     trainer = new(Config(out=run, resume="auto", max_steps=6, lr=0.05, threads=2, agree_every=3), ranks)
     config = trainer.config
     assert (config.max_steps, config.threads, config.agree_every, config.checkpoint_every) == (6, 2, 3, 0)
     assert (config.seed, config.shards, config.batch_size, config.lr) == (5, 4, 24, 0.05)
     assert trainer.run() == 0 and trainer.step == 6
     kept = json.loads(checkpoint.load(run / "last.h5")[1]["config"])
-    left_out = {"model_options", "init", "augment"}
+    left_out = {"model_options", "init"}
     assert set(kept) == {item.name for item in dataclasses.fields(settings.Experiment)} - left_out
 
 
@@ -556,15 +573,17 @@ def test_resume_into_another_folder_is_complete(tmp_path, data):
 
 def test_the_configuration_round_trips_through_toml(tmp_path):
     config = settings.resolve(
-        Config(model="smallresnet", lr=0.25, flip=False, max_steps=7, data="x y.h5", model_options={"widths": [8, 8]}),
+        Config(
+            model="smallresnet", lr=0.25, augment="none", max_steps=7, data="x y.h5", model_options={"widths": [8, 8]}
+        ),
         Code(),
     )
     path = tmp_path / "c.toml"
     path.write_text(settings.to_toml(config))
     assert settings.resolve(settings.parse(["--config", str(path)]), Code()) == config
-    parsed = settings.parse(["--config", str(path), "--lr", "0.5", "--resume", "--epochs=3", "--flip"])
-    assert (parsed.lr, parsed.epochs, parsed.resume, parsed.flip) == (0.5, 3, "auto", True)
-    assert settings.parse([]) == Config() and settings.parse(["--no-flip"]) == Config(flip=False)
+    parsed = settings.parse(["--config", str(path), "--lr", "0.5", "--resume", "--epochs=3", "--balance"])
+    assert (parsed.lr, parsed.epochs, parsed.resume, parsed.balance) == (0.5, 3, "auto", True)
+    assert settings.parse([]) == Config() and settings.parse(["--no-balance"]) == Config(balance=False)
 
 
 @pytest.mark.parametrize(
@@ -626,8 +645,8 @@ def test_all_threads_of_a_team_evaluate_with_the_same_running_statistics(tmp_pat
 
 
 def test_a_cutout_larger_than_the_images_is_refused_by_its_flag(tmp_path, data):
-    with pytest.raises(UserError, match="--cutout 17 does not fit into images of 16x16"):
-        new(Config(**{**SMALL, "data": data, "out": tmp_path / "r", "cutout": 17}), Ranks())
+    with pytest.raises(UserError, match="--augment cutout=17 does not fit into images of 16x16"):
+        new(Config(**{**SMALL, "data": data, "out": tmp_path / "r", "augment": "cutout=17"}), Ranks())
 
 
 # -- numbers that are not finite --------------------------------------------------------------------------------------

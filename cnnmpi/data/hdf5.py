@@ -119,6 +119,12 @@ def read_in_place(path: str | Path) -> Dataset:
         return dataclasses.replace(dataset, recorded=recorded)
 
 
+def recorded_digest(path: str | Path) -> str:
+    """Return the digest of the content that a file was written with; "" where it says none. Raises DataError."""
+    with opened(path) as file:
+        return file.text("data_sha256")
+
+
 class Compressed(DataError):  # noqa: N818 - it says what the data are
     """Images that cannot be read where they lie in their file."""
 

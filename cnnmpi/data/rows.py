@@ -109,8 +109,7 @@ class Selected:
     """Those of ``images`` whose numbers are ``rows``, in this order."""
 
     def __init__(self, images: Any, rows: Array) -> None:
-        self._images = as_rows(images)
-        self._rows = rows
+        self.images, self._rows = as_rows(images), rows
         self.shape: tuple[int, ...] = (len(rows), *images.shape[1:])
         self.dtype: Any = images.dtype
 
@@ -118,7 +117,7 @@ class Selected:
         return len(self._rows)
 
     def __getitem__(self, index: Any) -> Array:
-        return self._images[self._rows[index]]
+        return self.images[self._rows[index]]
 
 
 Rows = InMemory | InFile | Selected
@@ -127,6 +126,11 @@ Rows = InMemory | InFile | Selected
 def as_rows(images: Any) -> Rows:
     """Return ``images`` as something of which rows can be taken."""
     return images if isinstance(images, Rows) else InMemory(images)
+
+
+def reads(images: Rows) -> bool:
+    """Return whether taking rows means to wait for a file."""
+    return isinstance(images, InFile) or (isinstance(images, Selected) and reads(images.images))
 
 
 def held_out(labels: Array, fraction: float, random: np.random.Generator) -> tuple[Array, Array]:

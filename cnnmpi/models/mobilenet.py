@@ -17,7 +17,9 @@ class MobileNet(Model):
     """
 
     # usual settings for CIFAR-10, not a search of our own
-    recipe: ClassVar[dict[str, Any]] = {"epochs": 30, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "crop": 4}
+    recipe: ClassVar[dict[str, Any]] = {
+        "epochs": 30, "batch_size": 128, "lr": 0.1, "weight_decay": 1e-4, "augment": "flip,crop=4",
+    }  # fmt: skip
 
     def __init__(
         self, in_channels: int = 3, num_classes: int = 10, image_size: Size = 32, seed: int = 0, width: int = 32

@@ -16,7 +16,7 @@ class ResNet18(Model):
     """
 
     # usual settings for CIFAR-10, not a search of our own
-    recipe: ClassVar[dict[str, Any]] = {"epochs": 30, "batch_size": 128, "lr": 0.1, "crop": 4}
+    recipe: ClassVar[dict[str, Any]] = {"epochs": 30, "batch_size": 128, "lr": 0.1, "augment": "flip,crop=4"}
 
     def __init__(
         self, in_channels: int = 3, num_classes: int = 10, image_size: Size = 32, seed: int = 0, width: int = 64

@@ -12,7 +12,7 @@ class SimpleCNN(Model):
     """conv - pool - conv - pool - fully connected: 60,362 parameters and 5.6 million multiply-adds for CIFAR-10."""
 
     # found by training for the best test accuracy within 4 minutes on two cores
-    recipe: ClassVar[dict[str, Any]] = {"epochs": 12, "batch_size": 128, "lr": 0.06, "crop": 2}
+    recipe: ClassVar[dict[str, Any]] = {"epochs": 12, "batch_size": 128, "lr": 0.06, "augment": "flip,crop=2"}
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10, image_size: Size = 32, seed: int = 0) -> None:
         super().__init__()

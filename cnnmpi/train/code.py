@@ -36,12 +36,12 @@ _importing: list[str] = []  # what is being imported: a script that trains while
 class Code:
     """Finds code by its name: what was handed over under that name, or what a file or a module holds.
 
-    ``used`` maps the settings that asked for a person's code to what they got.
+    ``used`` maps (setting, name) of what was asked for, and is a person's code, to what it is.
     """
 
     def __init__(self, given: Mapping[str, Any] | None = None) -> None:
         self.given = dict(given or {})
-        self.used: dict[str, Any] = {}
+        self.used: dict[tuple[str, str], Any] = {}
 
     def name(self, setting: str, thing: Any) -> str:
         """Return the name of a class or function, under which it can be found from now on; a name stays as it is.
@@ -77,12 +77,18 @@ class Code:
             raise UserError(f"--{setting} must be {known}FILE.py:{kind} or MODULE:{kind}, got {name!r}")
         if not callable(found):
             raise UserError(f"--{setting} {name}: expected a {kind.lower()}, got a {type(found).__name__}")
-        self.used[setting] = found
+        self.used[setting, name] = found
         return found
 
     def sources(self) -> dict[str, str]:
-        """Return {setting: sha256 of the source} of all code of a person's that was asked for."""
-        return {setting: source_sha256(thing) for setting, thing in sorted(self.used.items())}
+        """Return {setting: sha256 of the source} of all code of a person's that was asked for.
+
+        Of a setting that names several functions these are their sha256, one after the other.
+        """
+        sources: dict[str, str] = {}
+        for setting, name in sorted(self.used):
+            sources[setting] = sources.get(setting, "") + source_sha256(self.used[setting, name])
+        return sources
 
 
 def source_file(thing: Any) -> Path | None:

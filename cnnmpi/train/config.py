@@ -18,9 +18,11 @@ import tomli_w
 import tyro
 
 from cnnmpi.common.text import read_json
+from cnnmpi.data.transforms import entries, text_of
 from cnnmpi.distributed import UserError
 from cnnmpi.models import MODELS
 from cnnmpi.train.code import OURS, Code
+from cnnmpi.train.earlier import BEFORE, NOW, check_flags, with_augment
 
 JSON_OBJECT = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
@@ -68,14 +70,12 @@ class Experiment:
     """Probability, 0..1, that the targets of cross_entropy spread over all classes."""
     clip: float | None = None
     """Largest global norm of the gradient; 0 does not clip."""
-    flip: bool | None = None
-    """Mirror half of the training images, in turn: --flip or --no-flip."""
-    crop: int | None = None
-    """Shift training images at random by up to this many pixels."""
-    cutout: int | None = None
-    """Blank a square of this many pixels a side, at random, in each training image."""
     augment: str | None = None
-    """Your own augmentation, after flip and crop: FILE.py:FUNCTION."""
+    """What happens to training images, in this order, as flip,crop=4,cutout=8,mixup=0.2,FILE.py:FUNCTION; or none."""
+    sample: Literal["all", "balanced"] | None = None
+    """An epoch has each image once; or as many images again, equally many of each class."""
+    balance: bool | None = None
+    """Weigh the classes in cross_entropy, so that rare ones count as much as others."""
     seed: int | None = None
     """Of every draw: weights, order, augmentation, dropout."""
     backend: Literal["numpy", "torch"] | None = None
@@ -86,6 +86,8 @@ class Experiment:
     """Sum of the gradients: the same bits for any number of ranks, or half the bytes."""
     data: str | None = None
     """auto, cifar10, synthetic, an HDF5 file, or a CIFAR archive; a resumed run compares the content, not the name."""
+    validation: float | None = None
+    """Part of the training images, 0..1, that is held out: what best.h5 is chosen by, instead of the test images."""
     on_nan: Literal["stop", "skip"] | None = None
     """What to do with a step whose gradient is not finite; weights stay finite either way."""
 
@@ -96,6 +98,8 @@ class Execution:
 
     max_steps: int | None = None
     """Stop after this many steps, counted from the beginning of the run, if that is earlier."""
+    data_in: Literal["auto", "memory", "file"] = "auto"
+    """Where images are read from: one copy in the memory of each host, or the file itself; auto goes by their size."""
     threads: int = 0
     """Threads of each rank; 0 shares the cores out to the ranks."""
     out: Path | None = None
@@ -121,8 +125,8 @@ class Config(Execution, Experiment):
 DEFAULTS: dict[str, Any] = {
     "model": "simplecnn", "epochs": 12, "batch_size": 128, "shards": 8, "optimizer": "sgd", "lr": 0.05,
     "schedule": "linear", "warmup": 0.2, "momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0, "clip": 0.0,
-    "flip": True, "crop": 2, "cutout": 0, "seed": 0, "backend": "numpy", "device": "cpu", "reduction": "exact",
-    "data": "auto", "on_nan": "stop",
+    "augment": "flip,crop=2", "sample": "all", "balance": False, "validation": 0.0, "seed": 0, "backend": "numpy",
+    "device": "cpu", "reduction": "exact", "data": "auto", "on_nan": "stop",
 }  # fmt: skip
 PROGRAM = "cnnmpi.train"
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
@@ -139,8 +143,24 @@ def recipe_of(config: Config, code: Code) -> dict[str, Any]:
     fields = {item.name for item in dataclasses.fields(Experiment)} - {"model"}
     if unknown := sorted(recipe.keys() - fields):
         known = ", ".join(sorted({*fields, "metrics"}))
-        raise UserError(f"--model {name}: its recipe has {', '.join(unknown)}; the settings are {known}")
-    return recipe | {key: code.name(key, recipe[key]) for key in CODE if recipe.get(key) is not None}
+        hint = NOW if set(BEFORE) & set(unknown) else f"the settings are {known}"
+        raise UserError(f"--model {name}: its recipe has {', '.join(unknown)}; {hint}")
+    return recipe | {key: named(code, key, recipe[key]) for key in CODE if recipe.get(key) is not None}
+
+
+def named(code: Code, setting: str, value: Any) -> str:
+    """Return the text of a setting that may be a person's code: a name, a thing, or a list of both."""
+    if isinstance(value, list | tuple):
+        return ",".join(code.name(setting, each) for each in value) or "none"
+    return code.name(setting, value)
+
+
+def canonical(augment: str) -> str:
+    """Return the text of the setting augment, always the same for the same. Raises UserError naming the entry."""
+    try:
+        return text_of(entries(augment))
+    except ValueError as error:
+        raise UserError(f"--augment {error}") from None
 
 
 def with_defaults(config: Config, code: Code) -> Config:
@@ -166,6 +186,7 @@ def resolve(config: Config, code: Code) -> Config:
     if config.model_options is not None:
         config = dataclasses.replace(config, model_options=_plain_options(config.model_options))
     check_kinds(config)  # also of what came from a recipe
+    config = dataclasses.replace(config, augment=canonical(config.augment or ""))
     numpys = {name: value.item() for name, value in vars(config).items() if isinstance(value, np.generic)}
     config = dataclasses.replace(config, **numpys)  # with Python's numbers, which TOML and JSON know
     check_ranges(config)
@@ -199,14 +220,14 @@ def check_ranges(config: Config) -> None:
     """Raise UserError, naming the flag, for a number out of its range, and for settings that contradict each other."""
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
-        "warmup": 0, "label_smoothing": 0, "clip": 0, "crop": 0, "cutout": 0, "seed": 0, "threads": 0,
-        "checkpoint_every": 0, "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
+        "warmup": 0, "label_smoothing": 0, "clip": 0, "validation": 0, "seed": 0, "threads": 0, "checkpoint_every": 0,
+        "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
     }  # fmt: skip
     for name, low in lowest.items():
         value = getattr(config, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"{flag(name)} must be a number of at least {low:g}, got {value}")
-    for name in ("warmup", "label_smoothing", "momentum"):
+    for name in ("warmup", "label_smoothing", "momentum", "validation"):
         if not (getattr(config, name) or 0) < 1:
             raise UserError(f"{flag(name)} must be below 1, got {getattr(config, name)}")
     if config.device not in (None, "cpu") and config.backend != "torch":
@@ -231,6 +252,7 @@ def parse(argv: Sequence[str], given: Config | None = None, code: Code | None = 
     Raises UserError for a bad TOML file; a bad command line ends in SystemExit(2) with an explanation.
     """
     args, from_file = _without_file(argv)
+    check_flags(args)
     switches = [flag(name) for name, kind in get_type_hints(Experiment).items() if kind == bool | None]
     for position, argument in enumerate(args):  # what may stand alone
         following = args[position + 1] if position + 1 < len(args) else "--"
@@ -282,12 +304,14 @@ def read_toml(path: str) -> dict[str, Any]:
 
 def from_plain(content: dict[str, Any], source: str) -> dict[str, Any]:
     """Check ``content``, as TOML or JSON gives it, against the types of Config. Raises UserError naming the key."""
-    arguments = []
+    content, arguments = with_augment(content, source), []
     fields = {item.name for item in dataclasses.fields(Config)}
     for key, value in content.items():
         name = key.replace("-", "_")
         if name == "model_options" and isinstance(value, dict):
             value = json.dumps(value)
+        if name == "augment" and isinstance(value, list):
+            value = ",".join(map(str, value)) or "none"
         if name not in fields or isinstance(value, dict | list):
             known = ", ".join(sorted(fields))
             raise UserError(f"{source}: {key!r} is not a setting; the settings are {known}")
@@ -301,6 +325,10 @@ def from_plain(content: dict[str, Any], source: str) -> dict[str, Any]:
     except SystemExit:
         values = ", ".join(f"{key} = {value!r}" for key, value in content.items())
         raise UserError(f"{source}: a value is of the wrong kind among {values}; see --help for the choices") from None
+    try:
+        entries(parsed.augment)
+    except ValueError as error:
+        raise UserError(f"{source}: augment: {error}") from None
     return {key.replace("-", "_"): getattr(parsed, key.replace("-", "_")) for key in content}
 
 
@@ -335,7 +363,7 @@ def continued(config: Config, saved: Mapping[str, Any], path: Path, code: Code) 
     contradicts = {
         name: value
         for name, value in asked.items()
-        if value not in (None, done[name]) and name != "data" and not (name in own and ":" in value)
+        if not (value is None or name == "data" or _agree(name, value, done[name]))
     }
     if contradicts:
         wrong = "; ".join(f"{flag(name)} {value} (the run has {done[name]})" for name, value in contradicts.items())
@@ -348,6 +376,15 @@ def continued(config: Config, saved: Mapping[str, Any], path: Path, code: Code) 
     recipe = recipe_of(dataclasses.replace(config, model=config.model or done["model"]), code)
     for name in own:
         done[name] = asked[name] or recipe.get(name)
-        if done[name] is None:
+        if done[name] is None or not _agree(name, done[name], own[name]):
             raise UserError(f"the run of {path} uses code of your own: name it, as {flag(name)} {own[name]}")
     return dataclasses.replace(config, **done | {"data": config.data or old.data})
+
+
+def _agree(name: str, asked: Any, done: Any) -> bool:
+    """Return whether a setting says what it said before, but for where a person's code comes from."""
+    if name == "augment":
+        asked, done = (
+            [entry.text if entry.known else "own" for entry in entries(canonical(text))] for text in (asked, done)
+        )
+    return bool(asked == done or (name in CODE and ":" in asked and ":" in (done or "")))

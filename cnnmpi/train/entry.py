@@ -15,7 +15,8 @@ from cnnmpi.data import Dataset
 from cnnmpi.distributed import Ranks, UserError, failing_together, start
 from cnnmpi.models import Model
 from cnnmpi.train.code import Code, importing
-from cnnmpi.train.config import Config, parse
+from cnnmpi.train.config import Config, named, parse
+from cnnmpi.train.earlier import BEFORE, NOW
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.measures import Metric
@@ -54,7 +55,7 @@ def fit(
     *,
     data: Dataset | Arrays4 | str | Path | None = None,
     loss: Callable[..., Any] | str | None = None,
-    augment: Callable[..., Any] | str | None = None,
+    augment: Callable[..., Any] | str | Sequence[Callable[..., Any] | str] | None = None,
     metrics: Mapping[str, Metric] | None = None,
     on_step: Any = (),
     on_epoch: Any = (),
@@ -75,8 +76,10 @@ def fit(
             uint8 or floats in 0..1, and labels (N,) or targets (N, K).
         loss: a function ``loss(logits, targets, reduction="sum") -> (loss, dlogits)``, or its name. It gets NumPy
             arrays, or with ``backend="torch"`` tensors, and its ``dlogits`` are of that kind, too.
-        augment: a function ``augment(images, rng) -> images`` of batches (n, C, H, W); see ``DataLoader``.
+        augment: what ``--augment`` takes, such as "flip,crop=4,mixup=0.2"; a function ``(images, labels, draw)`` that
+            returns images, or images and labels, of batches (n, C, H, W); or a list of both. See ``DataLoader``.
         metrics: {name: function ``(logits, targets) -> (sum, count)``}; reported are sums over all images, divided.
+            Where images are mixed, the targets in training are probabilities (n, K).
         on_step: a hook, or several: see ``train.hooks``.
         on_epoch: as well.
         on_save: as well.
@@ -96,8 +99,8 @@ def fit(
             raise UserError(f"fit() needs the class {kind}, not an object of it: the data say how many classes it has")
         if not (callable(network) or isinstance(network, str)) or "model" in settings:
             raise UserError("fit() needs a network first: a class, or its name as --model takes it; and only there")
-        named = {"model": network, "loss": loss, "augment": augment}
-        config = {key: code.name(key, value) for key, value in named.items() if value is not None} | settings
+        things = {"model": network, "loss": loss, "augment": augment}
+        config = {key: named(code, key, value) for key, value in things.items() if value is not None} | settings
         if isinstance(settings.get("out"), str):
             config["out"] = Path(settings["out"])
         if not isinstance(metrics or {}, Mapping):
@@ -105,7 +108,8 @@ def fit(
         if isinstance(data, str | Path):
             config["data"] = str(data)
         if unknown := sorted(config.keys() - {item.name for item in dataclasses.fields(Config)}):
-            raise UserError(f"fit() got {', '.join(unknown)}, which are no settings; see python -m cnnmpi.train --help")
+            hint = NOW if set(BEFORE) & set(unknown) else "see python -m cnnmpi.train --help"
+            raise UserError(f"fit() got {', '.join(unknown)}, which are no settings; {hint}")
         own_data = None if isinstance(data, str | Path) else data
         return Config(**config), {"data": own_data, "metrics": metrics, "hooks": Hooks(on_step, on_epoch, on_save)}
 

@@ -99,19 +99,40 @@ def with_loss(config: Config, dataset: Dataset) -> Config:
     if not 0 <= smallest <= largest <= 1 and loss == "binary_cross_entropy":
         wrong = smallest if smallest < 0 else largest
         raise UserError(f"--loss binary_cross_entropy needs targets in 0..1, got {wrong:g}: --loss mse takes any")
+    if config.sample == "balanced" and not classes:
+        raise UserError("--sample balanced needs a class for each image, and these data have targets (N, K)")
+    if config.balance and (not classes or loss != "cross_entropy"):
+        raise UserError("--balance needs the loss cross_entropy, and data with a class for each image")
     return dataclasses.replace(
         config, loss=loss, label_smoothing=config.label_smoothing if loss == "cross_entropy" else 0.0
     )
 
 
-def find_losses(config: Config, code: Code, F: ModuleType) -> tuple[Loss, Loss]:
-    """Return the loss of training, and that of evaluation, on the engine ``F``. Raises UserError."""
+def find_losses(config: Config, code: Code, F: ModuleType, weight: Array | None = None) -> tuple[Loss, Loss]:
+    """Return the loss of training, and that of evaluation, on the engine ``F``. Raises UserError.
+
+    Label smoothing and the classes' ``weight`` (K,) are of training only, so that test losses can be compared.
+    """
     name = config.loss or "cross_entropy"
     found = code.find("loss", name)
     if name not in LOSSES or name in code.given:
         return checked(name, found), checked(name, found)
     ours = getattr(F, found.__name__)  # of this engine
-    return functools.partial(ours, label_smoothing=config.label_smoothing) if config.label_smoothing else ours, ours
+    options: dict[str, Any] = {"label_smoothing": config.label_smoothing} if config.label_smoothing else {}
+    if weight is not None:
+        options["weight"] = weight
+    return functools.partial(ours, **options), ours
+
+
+def class_weights(labels: Array, classes: int) -> Array:
+    """Return a weight for each class, float64 (classes,), with which all classes of ``labels`` (N,) count alike.
+
+    It is N / (number of classes that occur) / (images of the class), after King and Zeng, "Logistic regression in rare
+    events data", 2001: over the N images the mean weight is 1. A class without images has the weight 1.
+    """
+    counts = np.bincount(labels, minlength=classes)
+    present = np.count_nonzero(counts)
+    return np.where(counts > 0, len(labels) / (present * np.maximum(counts, 1)), 1.0)
 
 
 def make_measures(config: Config, dataset: Dataset, own: Mapping[str, Metric] | None = None) -> Measures:

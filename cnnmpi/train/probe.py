@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.common.arrays import Array
-from cnnmpi.data import Dataset
+from cnnmpi.data import DataLoader
 from cnnmpi.distributed import UserError
 from cnnmpi.layers import Layer
 from cnnmpi.models import Model
@@ -79,12 +79,16 @@ def _check_attributes(model: Model, name: str) -> None:
                         )
 
 
-def probe_loss(loss: Loss, name: str, model: Model, dataset: Dataset) -> str:
+def probe_loss(loss: Loss, name: str, model: Model, loader: DataLoader) -> str:
     """Try the loss on a few images' targets. Returns what a person should be told of it, "" if nothing.
 
-    Raises UserError for one that fails.
+    Raises UserError for one that fails, also on the probabilities (N, K) that labels become where images are mixed.
     """
-    targets, classes = dataset.train_labels[:4], len(dataset.classes)
+    targets, classes = loader.labels[:4], loader.classes
+    if mixing := [entry.text for entry in loader.after if entry.mixes]:
+        if targets.ndim == 1:
+            targets = np.eye(classes, dtype=np.float32)[targets]
+        name = f"{name} with the probabilities (N, {classes}) that --augment {mixing[0]} makes of labels"
     count = len(targets) // 2 * 2
     if not count:
         return ""

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cnnmpi.distributed import Ranks
 from cnnmpi.train.config import Config
 
 METRICS = "metrics.jsonl"
+Tell = Callable[[str], None]
 
 
 class Report:
@@ -66,7 +68,8 @@ class Report:
         named = [(name.partition("_"), value) for name, value in metrics.items()]
         parts = [
             " ".join([part, *(f"{name} {value:.4f}" for (start, _, name), value in named if start == part)])
-            for part in ("train", "test")
+            for part in ("train", "val", "test")
+            if any(start == part for (start, _, _), _ in named)
         ]
         speed = "{images_per_s:.0f} images/s  {seconds:.0f} s".format(**metrics)
         self.line("  ".join([f"epoch {metrics['epoch']}  step {metrics['step']}", *parts, speed]))
@@ -105,12 +108,13 @@ def _step(line: str) -> int | None:
     return step if type(step) is int else None
 
 
-def greeting(config: Config, dataset: Dataset, ranks: Ranks, threads: int) -> list[str]:
+def greeting(config: Config, dataset: Dataset, parts: Mapping[str, Any], ranks: Ranks, threads: int) -> list[str]:
     """Return lines that say what is about to be trained, on what, and what would make it faster."""
     shards, cores = config.shards, ranks.cores_on_node
     lines = [
-        f"{config.model} on {dataset.source}: {len(dataset.train_images)} training and "
-        f"{len(dataset.test_images)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
+        f"{config.model} on {dataset.source}: {len(parts['train'].labels)} training"
+        f"{', {} validation'.format(len(parts['val'].labels)) if 'val' in parts else ''} and "
+        f"{len(parts['test'].labels)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
         f"thread{'s' * (threads > 1)}, {config.backend}" + f", loss {config.loss}" * (dataset.train_labels.ndim > 1)
     ]
     if ranks.oversubscribed:

@@ -10,7 +10,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import cnnmpi
 from cnnmpi import checkpoint, optim
 from cnnmpi.console import printable
-from cnnmpi.data import DataLoader, Dataset, find_data, read_hdf5, statistics, synthetic
+from cnnmpi.data import Dataset
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
@@ -28,16 +27,15 @@ from cnnmpi.train.config import Config, continued, resolve, to_toml
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
-from cnnmpi.train.measures import Metric, find_losses, make_measures, with_loss
+from cnnmpi.train.inputs import Data, input_options, make_loader, open_data, parts_of, smallest_shard
+from cnnmpi.train.measures import Metric, class_weights, find_losses, make_measures, with_loss
 from cnnmpi.train.probe import probe, probe_loss
-from cnnmpi.train.report import Report, greeting
+from cnnmpi.train.report import Report, Tell, greeting
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import accepted, load_checkpoint, model_attributes, unpack, version_of
 from cnnmpi.train.team import Team, fewest_workers
 from cnnmpi.train.trainer import Trainer
 from cnnmpi.train.watchdog import Watchdog
-
-Tell = Callable[[str], None]
 
 
 def set_up(
@@ -69,14 +67,16 @@ def set_up(
             f"{ranks.size} ranks cannot share {shards} shards: start fewer, or use --shards {ranks.size} or more"
         )
     network = code.find("model", config.model or "")
-    described = open_data(config.data or "auto" if data is None else data, ranks, tell)
+    described = open_data(config.data or "auto" if data is None else data, ranks, tell, data_in=config.data_in)
     config = with_loss(config, described.dataset)
-    loader = make_loader(config, described, code)
+    parts = parts_of(described.dataset, config.validation or 0.0, config.seed or 0)
+    loader = make_loader(config, described, parts["train"], code)
     options = input_options(described.dataset) | (config.model_options or {}) | {"seed": config.seed or 0}
-    model = make_model(network, config, options, ranks.local_rank, smallest_shard(described.dataset, config))
-    loss, test_loss = find_losses(config, code, model.F)
+    model = make_model(network, config, options, ranks.local_rank, smallest_shard(len(loader.labels), config))
+    weight = class_weights(loader.labels, loader.classes) if config.balance else None
+    loss, test_loss = find_losses(config, code, model.F, weight)
     ranks.agree("the source of the code that they train with", code.sources())
-    if warning := probe_loss(loss, config.loss or "", model, described.dataset):
+    if warning := probe_loss(loss, config.loss or "", model, loader):
         tell(warning)
 
     mine = [int(shard) for shard in np.array_split(np.arange(shards), ranks.size)[ranks.rank]]
@@ -97,6 +97,7 @@ def set_up(
         config=config,
         ranks=ranks,
         dataset=described.dataset,
+        parts=parts,
         loader=loader,
         shards=mine,
         team=team,
@@ -114,7 +115,7 @@ def set_up(
         hooks=hooks or Hooks(),
         signals=signals,
         watchdog=watchdog,
-        greeting=greeting(config, described.dataset, ranks, team.threads),
+        greeting=greeting(config, described.dataset, parts, ranks, team.threads),
         how_to_resume=f"python -m cnnmpi.train --resume --out {folder.path}",
     )
     if saved is not None:
@@ -148,76 +149,7 @@ def program() -> str:
     return f"{', '.join(versions)}, sources {sources.hexdigest()}"
 
 
-# -- the data --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set, its identity, and the mean and standard deviation of its training pixels for each channel."""
-
-    dataset: Dataset
-    sha256: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def open_data(data: str | Dataset, ranks: Ranks, tell: Tell, data_dir: str = "data") -> Data:
-    """Return ``data``, or what ``--data`` means, found by rank 0: then there is one copy for all ranks of a host.
-
-    Raises UserError where there is none, or where ranks see different data.
-    """
-    with as_user_errors():
-        if isinstance(data, Dataset):
-            data.check("data")
-            dataset = data
-        else:
-            path = ranks.on_rank0(as_user_errors()(lambda: find_data(data, data_dir, notify=tell)))
-            part = (ranks.local_rank, ranks.local_size)
-            dataset = read_hdf5(path, part=part, empty=ranks.shared_array) if path else synthetic()
-            ranks.node_barrier()
-    sha256 = dataset.digest() if isinstance(data, Dataset) else ranks.on_node(dataset.digest)
-    ranks.agree("the content of the data", sha256)
-    return Data(dataset, sha256, *ranks.on_node(lambda: statistics(dataset.train_images)))
-
-
-def input_options(dataset: Dataset) -> dict[str, Any]:
-    """Return the arguments that fit a model to the data."""
-    _, channels, height, width = dataset.train_images.shape
-    size = height if height == width else (height, width)
-    return {"in_channels": channels, "num_classes": len(dataset.classes), "image_size": size}
-
-
-def make_loader(config: Config, data: Data, code: Code) -> DataLoader:
-    """Return the training batches that ``config`` asks for. Raises UserError."""
-    dataset, augment = data.dataset, None
-    height, width = dataset.train_images.shape[2:]
-    if (config.cutout or 0) > min(height, width):
-        raise UserError(f"--cutout {config.cutout} does not fit into images of {height}x{width} pixels")
-    if config.augment is not None:
-        augment = code.find("augment", config.augment)
-    return DataLoader(
-        dataset.train_images,
-        dataset.train_labels,
-        config.batch_size or 1,
-        seed=config.seed or 0,
-        shards=config.shards or 1,
-        flip=bool(config.flip),
-        crop_padding=config.crop or 0,
-        cutout_size=config.cutout or 0,
-        augment=augment,
-        mean=data.mean,
-        std=data.std,
-    )
-
-
 # -- the model -------------------------------------------------------------------------------------------------------
-
-
-def smallest_shard(dataset: Dataset, config: Config) -> int:
-    """Return how many images the smallest shard of a run has: of a whole batch, or of an epoch's last one."""
-    images, batch_size, shards = len(dataset.train_labels), config.batch_size or 1, config.shards or 1
-    batches = {min(images, batch_size), images % batch_size} - {0}
-    return max(1, min(batch // shards for batch in batches))
 
 
 def make_model(

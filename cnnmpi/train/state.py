@@ -107,17 +107,26 @@ def read_saved_run(path: str | Path, attributes: dict[str, Any]) -> SavedRun:
         sums = _json(path, sums_name, sums)
         right = all(_numbers(pair) and len(pair) == 2 and pair[1] >= 0 for pair in sums.values())
         _check(path, sums_name, right, sums, "a sum and a count for each name")
-    best = attributes.get("best_test_acc", -1)
-    _check(path, "best_test_acc", _numbers([best]) and (best == -1 or 0 <= best <= 1), best, "-1, or from 0 to 1")
-    if "best_test_acc" not in attributes:
-        loss = attributes.get("best_test_loss", math.inf)
-        _check(path, "best_test_loss", loss == math.inf or _numbers([loss]), loss, "a loss")
-        best = -loss
+    best = _best(path, attributes)
     for name in ("data_sha256", "data_source"):
         _check(path, name, isinstance(attributes[name], str), attributes[name], "a text")
     config = _json(path, "config", attributes["config"])
     sources = _sources(path, attributes)
     return SavedRun(config, step, sums, float(best), attributes["data_sha256"], attributes["data_source"], sources)
+
+
+def _best(path: str | Path, attributes: dict[str, Any]) -> float:
+    """Return the evaluation of best.h5: an accuracy, or minus a loss; -inf or -1 before the first one."""
+    for part in ("val", "test"):
+        if (name := f"best_{part}_acc") in attributes:
+            best = attributes[name]
+            _check(path, name, _numbers([best]) and (best == -1 or 0 <= best <= 1), best, "-1, or from 0 to 1")
+            return float(best)
+        if (name := f"best_{part}_loss") in attributes:
+            loss = attributes[name]
+            _check(path, name, _numbers([loss]), loss, "a loss")
+            return -float(loss)
+    return -math.inf
 
 
 def _sources(path: str | Path, attributes: dict[str, Any]) -> dict[str, str]:

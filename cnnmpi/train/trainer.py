@@ -24,6 +24,7 @@ from cnnmpi.train.config import Config, experiment, to_plain
 from cnnmpi.train.evaluation import Evaluation, Stopped, evaluate
 from cnnmpi.train.folder import BEST, LAST, RunFolder
 from cnnmpi.train.hooks import Hooks
+from cnnmpi.train.inputs import Part
 from cnnmpi.train.measures import Loss, Measures
 from cnnmpi.train.report import Report
 from cnnmpi.train.signals import StopSignals
@@ -45,6 +46,7 @@ class Trainer:
     config: Config
     ranks: Ranks
     dataset: Dataset
+    parts: dict[str, Part]  # "train", "test" and, if some images are held out, "val"
     loader: DataLoader
     shards: list[int]  # of this rank
     team: Team  # models that share their parameters, one for each thread
@@ -80,6 +82,7 @@ class Trainer:
         self.last_step: int = self.total_steps if limit is None else min(self.total_steps, limit)
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl since this trainer was made
         self.epoch_sums = np.zeros(len(self.measures))  # since the beginning of the epoch
+        self.judge: Part = self.parts.get("val", self.parts["test"])  # what each epoch is evaluated on, for best.h5
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -88,6 +91,8 @@ class Trainer:
         """Do the next step and return its mean loss; equal bits on every rank, and (reduced exactly) for any number."""
         self.watchdog.note(f"step {self.step}")
         F, seed = self.F, self.config.seed or 0
+        if self.step + 1 < self.last_step:
+            self.loader.prepare(self.step + 1, self.shards)
         buffers = np.array(F.to_numpy(self.flat.buffers))  # every shard starts from the same running statistics
 
         def train_shard(model: Model, shard: int) -> None:
@@ -177,26 +182,26 @@ class Trainer:
         first, *notes = self.greeting
         for line in (f"{first}; step {self.step} of {self.last_step}", *notes):
             self.report.line(line)
-        test: Evaluation | None = None
+        newest: Evaluation | None = None
         started, done_before = time.perf_counter(), self.epoch_sums[1]
         while True:
             epoch, index = divmod(self.step, self.steps_per_epoch)
             at_end = self.step >= self.last_step
             if self.epoch_sums[1] and (index == 0 or at_end):
-                test = self._end_epoch(time.perf_counter() - started, done_before)
+                newest = self._end_epoch(time.perf_counter() - started, done_before)
             if at_end:
                 break
             if index == 0:
                 started, done_before = time.perf_counter(), 0.0
             loss = self.train_step()
-            test = None
+            newest = None
             self.report.step(epoch + 1, index + 1, self.steps_per_epoch, loss)
             self.hooks.call("on_step", self, loss)
             if self.stopping and self.step < self.last_step:
                 raise Stopped
             if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
                 self._save(LAST)
-        test = test or self._evaluate()
+        test = newest if newest and self.judge.name == "test" else self._evaluate(self.parts["test"])
         digest = checkpoint.weights_digest(self.model.state_dict())
         result = f"test_acc={test.metrics['acc']:.4f}" if "acc" in test.metrics else f"test_loss={test.loss:.4f}"
         self.report.line(f"done: {result} weights_sha256={digest}")
@@ -209,8 +214,8 @@ class Trainer:
         self.report.line(f"to go on: {self.how_to_resume}")
         return STOPPED
 
-    def _evaluate(self) -> Evaluation:
-        """Return the test set's evaluation. Raises Stopped on all ranks if a signal came meanwhile."""
+    def _evaluate(self, part: Part) -> Evaluation:
+        """Return the evaluation of a part of the data. Raises Stopped on all ranks if a signal came meanwhile."""
 
         def asked_to_stop() -> bool:
             self.watchdog.note(f"the evaluation after step {self.step}")
@@ -218,8 +223,8 @@ class Trainer:
 
         return evaluate(
             self.team,
-            self.dataset.test_images,
-            self.dataset.test_labels,
+            part.images,
+            part.labels,
             classes=len(self.dataset.classes),
             mean=self.loader.mean,
             std=self.loader.std,
@@ -233,12 +238,12 @@ class Trainer:
         """Evaluate, save and report after the last step of an epoch, or of the run."""
         samples = float(self.epoch_sums[1])
         complete = self.step % self.steps_per_epoch == 0
-        test = self._evaluate()
+        newest = self._evaluate(self.judge)
         metrics = {
             "epoch": math.ceil(self.step / self.steps_per_epoch),
             "step": self.step,
             **{f"train_{name}": value for name, value in self.measures.means(self.epoch_sums).items()},
-            **{f"test_{name}": value for name, value in {"loss": test.loss, **test.metrics}.items()},
+            **{f"{self.judge.name}_{name}": value for name, value in {"loss": newest.loss, **newest.metrics}.items()},
             "lr": self.rate(self.step - 1),
             "images_per_s": (samples - done_before) / seconds,
             "seconds": seconds,
@@ -249,15 +254,15 @@ class Trainer:
         self.report.epoch(metrics)
         self.history.append(metrics)
         self.hooks.call("on_epoch", self, metrics)
-        if score(test) > self.best and math.isfinite(test.loss):
+        if score(newest) > self.best and math.isfinite(newest.loss):
             # a run that --max-steps ends inside an epoch may go on: what best.h5 is then must not depend on that
             if complete or self.step == self.total_steps:
-                self.best = score(test)
+                self.best = score(newest)
             self._save(BEST)
         if complete:
             self.epoch_sums[:] = 0
         self._save(LAST)
-        return test
+        return newest
 
     # -- on disk -----------------------------------------------------------------------------------------------------
 
@@ -281,12 +286,12 @@ class Trainer:
             "epoch_sums": json.dumps(sums),
         }
         if "acc" in self.measures.names:
-            attributes["best_test_acc"] = max(self.best, -1.0)
+            attributes[f"best_{self.judge.name}_acc"] = max(self.best, -1.0)
         elif math.isfinite(self.best):
-            attributes["best_test_loss"] = -self.best
+            attributes[f"best_{self.judge.name}_loss"] = -self.best
         return attributes
 
 
-def score(test: Evaluation) -> float:
+def score(evaluation: Evaluation) -> float:
     """Return what makes an evaluation the best: its accuracy or, without one, a small loss."""
-    return test.metrics.get("acc", -test.loss)
+    return evaluation.metrics.get("acc", -evaluation.loss)
