@@ -1167,7 +1167,7 @@ def test_the_loader_does_not_copy_channels_last_images_and_leaves_them_alone():
     for x, _ in loader:
         x += 1
     assert np.array_equal(dataset.train_images, before)
-    assert np.shares_memory(loader._x, dataset.train_images)
+    assert np.shares_memory(loader._x[:], dataset.train_images)
     floats = DataLoader(dataset.train_images.astype(np.float32), dataset.train_labels, 8, False)
     assert np.array_equal(floats.batch(0)[0], dataset.train_images[:8])
     assert floats.batch(0)[0].transpose(0, 2, 3, 1).flags.c_contiguous

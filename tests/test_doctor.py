@@ -155,6 +155,8 @@ def test_forced_blas_kernels_are_told(monkeypatch):
 def test_too_little_space_and_memory(monkeypatch, tmp_path):
     usage = type("usage", (), {"free": 1 << 20})
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
-    assert doctor.check_space(tmp_path / "deep" / "runs").remedy
+    assert doctor.check_space(tmp_path / "deep" / "runs", 0).remedy, "of the largest reference model"
+    assert doctor.check_space(tmp_path / "deep" / "runs", 10**6).remedy
+    assert not doctor.check_space(tmp_path / "deep" / "runs", 1000).remedy
     monkeypatch.setattr(doctor, "RANK_MIB", 1 << 40)
     assert doctor.check_memory(Ranks()).remedy

@@ -285,7 +285,7 @@ def test_two_partials_or_lambdas_of_one_name_stay_apart(tmp_path):
     light = cnnmpi.fit(Light, data=images(), out=tmp_path / "a", **QUICK)
     heavy = cnnmpi.fit(Light, data=images(), loss=functools.partial(weighed, 9.0), out=tmp_path / "b", **QUICK)
     assert heavy.metrics[0]["train_loss"] > 5 * light.metrics[0]["train_loss"]
-    both = {"loss": lambda z, y, reduction: weighed(1, z, y, reduction), "augment": lambda x, rng: x}
+    both = {"loss": lambda z, y, reduction: weighed(1, z, y, reduction), "augment": lambda x, y, draw: x}
     cnnmpi.fit(functools.partial(Light), data=images(), out=tmp_path / "c", **QUICK, **both)
 
 
@@ -548,16 +548,16 @@ def labels_only(logits, targets, reduction):
             {"augment": ["cutout=2", lambda x, y, draw: x.astype(float)]},
             r"returned float64 .*; expected float32 of the",
         ),
-        ({"augment": lambda x, rng: x}, "--augment .*lambda> must take three arguments: images, labels, draw"),
+        ({"augment": lambda x, y, draw: x}, "--augment .*lambda> must take three arguments: images, labels, draw"),
         (
             {"augment": [lambda *three: three[0], lambda *three: three[1]]},
-            "two functions are called .*: give each a name",
+            r"the augmentation .*lambda>#2 returned int64 \(10,\) for images uint8",
         ),
         ({"augment": 3}, "--augment .*: expected a function, got a int"),
         ({"crop": 4}, r"fit\(\) got crop, which are no settings; flip, crop and cutout are part of augment"),
         (
             {"augment": "mixup=1", "loss": labels_only},
-            r"--augment mixup=1 makes labels probabilities .*--loss .*IndexE",
+            r"--loss .* with the probabilities .* that --augment mixup=1 makes of labels fails on .*IndexE",
         ),
         ({"metrics": {"m": lambda z, y: 3}}, r"the metric m returned 3; expected \(sum, count\)"),
         ({"metrics": {"m": 3}}, "metrics: 'm' must be"),

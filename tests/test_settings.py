@@ -23,7 +23,7 @@ from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.models import Model
 from cnnmpi.rng import generator
-from cnnmpi.train import Config, Trainer, entry, fit, set_up
+from cnnmpi.train import Config, Trainer, entry, evaluate, fit, set_up
 from cnnmpi.train.code import Code
 from cnnmpi.train.config import parse
 
@@ -354,6 +354,37 @@ def are_the_ones_trained_on(bench: Bench, field: str, value: Any) -> None:
     assert largest_difference(trainer.model.state_dict(), trained_by_torch(other, PLAIN)) < TOLERANCE
 
 
+def are_held_out(bench: Bench, field: str, value: Any) -> None:
+    """Of each class the same share: the rest is trained on, and best.h5 is the best by the images held out."""
+    data, rng, held = images(), generator(PLAIN["seed"], "validation"), []
+    for label in range(10):
+        of_class = rng.permutation(np.flatnonzero(data.train_labels == label))
+        held += sorted(of_class[: round(value * len(of_class))].tolist())
+    rest = sorted(set(range(len(data.train_labels))) - set(held))
+    trainer = bench.finished(**{field: value})
+    assert len(held) > 3 and trainer.loader.labels.tolist() == data.train_labels[rest].tolist()
+    seen = np.concatenate([trainer.loader.batch(step, shard)[1] for step in range(2) for shard in range(2)])
+    assert sorted(seen.tolist()) == sorted(data.train_labels[rest].tolist()), "an epoch"
+    line = json.loads((trainer.out / "metrics.jsonl").read_text().splitlines()[-1])
+    options = {"classes": 10, "mean": trainer.loader.mean, "std": trainer.loader.std}
+    by_hand = evaluate(trainer.model, data.train_images[sorted(held)], data.train_labels[sorted(held)], **options)
+    assert line["val_acc"] == by_hand.accuracy and line["val_loss"] == by_hand.loss and "test_acc" not in line
+    assert checkpoint.load(trainer.out / "best.h5")[1]["best_val_acc"] == trainer.best
+
+
+def are_read_from_there(bench: Bench, field: str, value: Any) -> None:
+    """The file or memory: the same bits. By itself, the file where memory is short."""
+    ends = {}
+    for place in (value, "memory", "auto"):
+        trainer = bench.finished(**{field: place}, out=bench.folder / place, augment="flip,crop=2")
+        ends[place] = checkpoint.weights_digest(trainer.model.state_dict())
+        assert isinstance(trainer.dataset.train_images, np.ndarray) == (place != value)
+    assert len(set(ends.values())) == 1
+    bench.patch.setattr("cnnmpi.train.inputs.available_memory", lambda: 4 * images().train_images.nbytes)
+    trainer = bench.trainer(**{field: "auto"}, out=bench.folder / "short")
+    assert not isinstance(trainer.dataset.train_images, np.ndarray)
+
+
 def receives_the_files(bench: Bench, field: str, value: Any) -> None:
     bench.patch.chdir(bench.folder)
     bench.finished(out=value)
@@ -562,6 +593,8 @@ ROWS: dict[str, list[tuple[Any, Check]]] = {
     "threads": [(3, are_used)],
     "reduction": [("float32", rounds_as_it_says)],
     "data": [("other.h5", are_the_ones_trained_on)],
+    "validation": [(0.3, are_held_out)],
+    "data_in": [("file", are_read_from_there)],
     "out": [(Path("there"), receives_the_files)],
     "resume": [("auto", goes_on)],
     "checkpoint_every": [(2, saves)],

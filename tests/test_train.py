@@ -304,7 +304,7 @@ def test_load_checkpoint_gives_the_trained_model(tmp_path, data):
 
 
 def test_synthetic_data_is_said_everywhere(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnnmpi.train.setup.synthetic", lambda: tiny(40, 20))
+    monkeypatch.setattr("cnnmpi.train.inputs.synthetic", lambda: tiny(40, 20))
     train(tmp_path / "run", Ranks(), data="synthetic", epochs=1)
     assert "SYNTHETIC" in capsys.readouterr().out
     assert "SYNTHETIC" in json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["data"]
@@ -466,8 +466,8 @@ def test_a_loss_that_is_not_finite_is_null_in_the_metrics_and_never_the_best(tmp
     trainer = new(Config(**{**SMALL, "data": data, "out": tmp_path / "run"}), Ranks())
     evaluate_all = trainer._evaluate
 
-    def spoilt():
-        result = evaluate_all()
+    def spoilt(part):
+        result = evaluate_all(part)
         return dataclasses.replace(result, loss=loss) if trainer.step == 5 else result
 
     trainer._evaluate = spoilt

@@ -209,7 +209,7 @@ def _plain_options(options: dict[str, Any]) -> dict[str, Any]:
 def check_kinds(config: Config) -> None:
     """Raise UserError, naming the flag, for a value of the wrong type, or none of the choices."""
     for name, kind in get_type_hints(Config).items():
-        value, parts = getattr(config, name), get_args(kind) or (kind,)
+        value, parts = getattr(config, name), (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
         choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
         if value is not None and not (value in choices if choices else isinstance(value, _accepted(kind))):
             wanted = f"one of {', '.join(choices)}" if choices else str(kind).removesuffix(" | None")

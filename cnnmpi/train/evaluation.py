@@ -140,7 +140,7 @@ def _checked(images: Array, targets: Array, classes: int) -> Array:
     targets = np.asarray(targets)
     labels = targets.shape == images.shape[:1] and targets.dtype.kind in "iu"
     floats = targets.shape == (*images.shape[:1], classes) and targets.dtype.kind == "f"
-    if images.ndim != 4 or not (labels or floats):
+    if len(images.shape) != 4 or not (labels or floats):
         raise ValueError(
             f"evaluate: expected images (N, C, H, W) and integer labels (N,), or floats (N, {classes}), "
             f"got {images.shape} and {targets.dtype} {targets.shape}"
