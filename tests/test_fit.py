@@ -548,7 +548,7 @@ def labels_only(logits, targets, reduction):
             {"augment": ["cutout=2", lambda x, y, draw: x.astype(float)]},
             r"returned float64 .*; expected float32 of the",
         ),
-        ({"augment": lambda x, y, draw: x}, "--augment .*lambda> must take three arguments: images, labels, draw"),
+        ({"augment": lambda x, rng: x}, "--augment .*lambda> must take three arguments: images, labels, draw"),
         (
             {"augment": [lambda *three: three[0], lambda *three: three[1]]},
             r"the augmentation .*lambda>#2 returned int64 \(10,\) for images uint8",

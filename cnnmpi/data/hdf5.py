@@ -148,8 +148,9 @@ def _in_place(file: Opened, name: str, images: h5py.Dataset, labels: h5py.Datase
         images.id.chunk_iter(note)
     else:
         starts = np.array([images.id.get_offset()], np.int64)
-    rows = InFile(file.path, images.shape, starts, chunks[0], file.crc32(name))
-    for row in (0, len(images) - 1):  # that the file is laid out as was thought
+    crc32 = file.crc32(name)
+    rows = InFile(file.path, images.shape, starts, chunks[0], crc32)
+    for row in (0, len(images) - 1) if crc32 is None else ():  # that the file is laid out as was thought
         if not np.array_equal(rows[row : row + 1][0], images[row]):
             raise Compressed(f"{file.path}: {name}/images cannot be read in place: use --data-in memory")
     return rows, _read_labels(f"{file.path}: {name}", labels, (0, 1), np.empty, len(file.classes))
