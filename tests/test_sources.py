@@ -27,6 +27,8 @@ from cnnmpi.data.sources import streams
 from cnnmpi.data.sources.folder import find_pictures
 from cnnmpi.data.sources.split import drawn_for_test
 from cnnmpi.data.writer import CHUNK, Source, write
+from cnnmpi.train.code import Code
+from cnnmpi.train.setup import Data, data_attributes
 from tests.jobs import run
 
 SIZE = 8
@@ -267,6 +269,7 @@ def test_the_fit_travels_with_the_data_file(tmp_path):
         dataset = made(tmp_path / "d", "--size", "6x5", "--fit", how)
         assert dataset.fit == how and dataset.train_images.shape[1:] == (3, 6, 5)
         assert np.array_equal(stored(dataset, 1), read_fitted(tmp_path / "d" / "b" / "0.png", 3, 6, 5, how))
+        assert data_attributes(Data(dataset, "", (), ()), Code())["data_fit"] == how  # of every checkpoint
 
 
 def test_large_photographs_are_decoded_smaller_to_nearly_the_same_pixels(tmp_path):

@@ -1,7 +1,6 @@
 """Looking into data files: what they hold, whether it is what was written, and what the images look like."""
 
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import h5py
@@ -33,7 +32,9 @@ def describe(path: Path) -> str:
     """Return in some lines what a data file holds. Raises DataError for one that cannot be used."""
     with opened(path) as file:
         (_, images, _), (_, test_images, _) = file.parts
-        mean, std = mean_and_std(_level_counts(images))
+        mean, std = file.numbers("mean"), file.numbers("std")
+        if mean is None or std is None:  # of a file that records none
+            mean, std = map(list, mean_and_std(_level_counts(images)))
         N, C, H, W = images.shape
         facts = {
             "source": file.source,
@@ -145,10 +146,10 @@ def make_sheet(path: Path, out: Path) -> None:
 
 
 def _level_counts(images: h5py.Dataset) -> Array:
-    counts: Iterable[Array] = (
-        level_counts(images[block]) for block in blocks(0, len(images), images_per_block(images.shape))
-    )
-    return sum(counts, np.zeros((images.shape[1], 256), np.int64))
+    counts = np.zeros((images.shape[1], 256), np.int64)
+    for block in blocks(0, len(images), images_per_block(images.shape)):
+        counts += level_counts(images[block])
+    return counts
 
 
 def _labels(file: Opened, name: str, stored: h5py.Dataset) -> Array:
