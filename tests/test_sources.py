@@ -301,16 +301,20 @@ def test_the_draw_depends_on_seed_and_names_alone():
     assert drawn == set(expected)  # on every machine, in every version
 
 
-def test_a_folder_is_the_same_data_in_whatever_order_it_lies(tmp_path):
+def test_a_folder_is_the_same_data_in_whatever_order_it_lies(tmp_path, monkeypatch):
     random = np.random.default_rng(4)
-    files = {
-        f"{c}/{k}.png": encoded(random.integers(0, 256, (8, 8, 3), np.uint8), "PNG") for c in "ab" for k in range(9)
-    }
-    put(tmp_path / "one", files)
-    put(tmp_path / "two", dict(reversed(files.items())))
-    one, two = (made(tmp_path / name, "--size", "8", "--test", "0.3") for name in ("one", "two"))
-    assert one.digest() == two.digest() and np.bincount(one.test_labels).tolist() == [3, 3]
-    other = made(tmp_path / "two", "--size", "8", "--test", "0.3", "--seed", "1")
+    names = [f"{c}/{k}.png" for c in "ab" for k in range(9)]
+    put(tmp_path / "d", {name: encoded(random.integers(0, 256, (8, 8, 3), np.uint8), "PNG") for name in names})
+    walk, listed, made_of = os.walk, Path.iterdir, {}
+    for order in (1, -1):
+        monkeypatch.setattr(Path, "iterdir", lambda path, order=order: iter(sorted(listed(path))[::order]))
+        monkeypatch.setattr(
+            os, "walk", lambda *a, order=order, **k: ((w, f, sorted(names)[::order]) for w, f, names in walk(*a, **k))
+        )
+        made_of[order] = made(tmp_path / "d", "--size", "8", "--test", "0.3")
+    one = made_of[1]
+    assert one.digest() == made_of[-1].digest() and np.bincount(one.test_labels).tolist() == [3, 3]
+    other = made(tmp_path / "d", "--size", "8", "--test", "0.3", "--seed", "1")
     assert other.digest() != one.digest() and np.bincount(other.test_labels).tolist() == [3, 3]
 
 
