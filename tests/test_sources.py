@@ -776,10 +776,11 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path):
 
 
 def test_verify_finds_any_change(tmp_path, capsys):
-    path = tmp_path / "d.h5"
-    write_hdf5(path, small())
+    path, dataset = tmp_path / "d.h5", small(2500)  # more than one block
+    assert dataset.train_images.nbytes > BLOCK
+    write_hdf5(path, dataset)
     assert command.main(["verify", str(path), str(path)]) == 0
-    assert capsys.readouterr().out == f"ok {path} data_sha256={small().digest()}\n" * 2
+    assert capsys.readouterr().out == f"ok {path} data_sha256={dataset.digest()}\n" * 2
     whole = path.read_bytes()
 
     def changed(act) -> str:
@@ -791,7 +792,7 @@ def test_verify_finds_any_change(tmp_path, capsys):
     def set_item(name, index, value):
         return lambda file: file[name].__setitem__(index, value)
 
-    assert "train images 650 are not what was written" in changed(set_item("train/images", (650, 2, 0, 0), 0))
+    assert "train images 2400 are not what was written" in changed(set_item("train/images", (2400, 2, 0, 0), 0))
     assert "test images 1 are not" in changed(set_item("test/images", (1, 0, 0, 0), 77))
     assert "labels, checksums or names" in changed(set_item("train/labels", 5, 0))
     assert "labels, checksums or names" in changed(set_item("test/labels", 1, 0))
@@ -811,11 +812,11 @@ def test_verify_finds_any_change(tmp_path, capsys):
         del file["train/crc32"]
         file["train/crc32"] = np.zeros(3, np.uint32)
 
-    assert "train/crc32 are 3, but there are 700 images" in changed(short)
-    at = whole.index(small().train_images[600].tobytes())  # a bit on the disk
+    assert "train/crc32 are 3, but there are 2500 images" in changed(short)
+    at = whole.index(dataset.train_images[600].tobytes())  # a bit on the disk
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     assert "train images" in complaint(["verify", path], capsys, code=1)
-    at = whole.index(small().train_labels.tobytes())
+    at = whole.index(dataset.train_labels.tobytes())
     path.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
     assert str(path) in complaint(["verify", path], capsys, code=1)
     assert "no such file" in complaint(["verify", tmp_path / "gone.h5"], capsys, code=1)
