@@ -253,6 +253,8 @@ def test_what_becomes_of_other_proportions():
     padded = fit(tall, 8, 8, "pad")  # of 16x8: to 8x4, between two columns of black on either side
     assert not padded[:, :2].any() and not padded[:, 6:].any()
     assert np.array_equal(padded[2:6, 2:6], DRAWN[:4, :4]) and (padded[:2, 2:6] == 10).all()
+    lying = np.ascontiguousarray(tall.transpose(1, 0, 2))
+    assert np.array_equal(fit(lying, 8, 8, "pad"), padded.transpose(1, 0, 2))
     stretched = fit(tall, 4, 8, "stretch")
     assert (stretched[0] == 10).all() and (stretched[3] == 90).all()
     middle = DRAWN[:4, :4].astype(float).reshape(2, 2, 4, 3).mean(axis=1).repeat(2, axis=1)
