@@ -764,7 +764,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.mpi_skip  # it starts a process: libhdf5 would crash as that ends
 def test_a_disk_that_fills_up_is_one_line(tmp_path):
     path = npz(tmp_path / "a.npz", x=images_of(1000), y=np.arange(1000) % 2)
-    npz(tmp_path / "b.npz", x=images_of(20_000), y=np.arange(20_000) % 2)
+    npz(tmp_path / "b.npz", x=images_of(60_000), y=np.arange(60_000) % 2)  # several chunks
     out = tmp_path / "out" / "d.h5"
     assert run(sys.executable, "-c", FULL, "arrays", path, "--out", out).returncode == 0
     before = out.read_bytes()
