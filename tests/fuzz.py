@@ -1,4 +1,6 @@
-"""Damage small valid files at random and read them: python -m tests.fuzz data|checkpoint|archive [--cases 10000]
+"""Damage small valid files at random and read them: python -m tests.fuzz KIND [--cases 10000]
+
+KIND is data, checkpoint, archive, arrays (.npz) or idx (MNIST).
 
 Each case is read in a process of its own, with a limit of time and memory. Anything but success or the reader's own
 error counts as a failure, and its file is kept. A case is a function of its number.
@@ -13,6 +15,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import sys
 import tarfile
@@ -28,7 +31,11 @@ import numpy as np
 
 from cnnmpi import checkpoint
 from cnnmpi.checkpoint.format import BLOCK, header
-from cnnmpi.data import DataError, find_data, read_archive, read_hdf5
+from cnnmpi.data import DataError, Dataset, find_data, read_archive, read_hdf5, write_hdf5
+from cnnmpi.data.inspect import describe, verify
+from cnnmpi.data.sources.arrays import read_arrays
+from cnnmpi.data.sources.idx import read_idx
+from cnnmpi.data.writer import Source, write
 from cnnmpi.models import MODELS
 from cnnmpi.train.state import load_checkpoint, model_attributes, pack, read_saved_run
 
@@ -74,7 +81,31 @@ def data_files() -> list[bytes]:
                 root.attrs["classes"] = np.array(names, "S") if "fixed" in kind else names
             root.attrs["source"], root.attrs["sha256"] = "somewhere", "0" * 64
         files.append(file.getvalue())
+    with tempfile.TemporaryDirectory() as folder:  # with digests and checksums
+        x, y = dice.integers(0, 256, (8, 1, 4, 4), np.uint8), dice.integers(0, 3, 8)
+        write_hdf5(Path(folder) / "a.h5", Dataset(x[:5], y[:5], x[5:], y[5:], ("cat", "dog", "mouse"), "somewhere"))
+        files.append((Path(folder) / "a.h5").read_bytes())
     return files
+
+
+def arrays_files() -> list[bytes]:
+    """Files of NumPy's, packed and not, split and not, of all dtypes that are read."""
+    dice, files = np.random.default_rng(0), []
+    for save in (np.savez, np.savez_compressed):
+        for dtype in (np.uint8, np.float32):
+            x = dice.integers(0, 2, (8, 1, 4, 4)).astype(dtype)
+            y = dice.integers(0, 3, 8)
+            for arrays in ({"x": x, "y": y}, {"x_train": x, "y_train": y, "x_test": x, "y_test": y.astype(np.uint8)}):
+                file = io.BytesIO()
+                save(file, **arrays)
+                files.append(file.getvalue())
+    return files
+
+
+def idx_files() -> list[bytes]:
+    """Files of images as MNIST has them, packed and not."""
+    plain = bytes([0, 0, 8, 3, 0, 0, 0, 8, 0, 0, 0, 4, 0, 0, 0, 4]) + bytes(range(128))
+    return [plain, gzip.compress(plain)]
 
 
 def checkpoint_files() -> list[bytes]:
@@ -165,6 +196,39 @@ def read_data(path: Path) -> None:
     find_data(str(path), path.parent / "none", notify=lambda text: None)
     read_hdf5(path, part=(1, 2))
     read_hdf5(path).digest()
+    describe(path)
+    verify(path)
+
+
+def read_npz(path: Path) -> None:
+    """Convert a file of NumPy's."""
+    convert(path.with_suffix(".out"), lambda: read_arrays(path))
+
+
+def read_mnist(path: Path) -> None:
+    """Convert a folder of which one file is damaged."""
+    folder = path.with_suffix(".folder")
+    folder.mkdir()
+    try:
+        content, labels = path.read_bytes(), bytes([0, 0, 8, 1, 0, 0, 0, 8]) + bytes(range(8))
+        packed = ".gz" if content[:1] == b"\x1f" else ""
+        (folder / f"train-images-idx3-ubyte{packed}").write_bytes(content)
+        (folder / "t10k-images-idx3-ubyte").write_bytes(idx_files()[0])
+        for name in ("train", "t10k"):
+            (folder / f"{name}-labels-idx1-ubyte").write_bytes(labels)
+        convert(path.with_suffix(".out"), lambda: read_idx(folder))
+    finally:
+        shutil.rmtree(folder)
+
+
+def convert(out: Path, read: Callable[[], Source]) -> None:
+    """Write what ``read`` gives; nothing may be left where it fails."""
+    try:
+        write(out, read())
+    except DataError:
+        assert not out.exists()
+        raise
+    out.unlink()
 
 
 def read_checkpoint(path: Path) -> None:
@@ -211,6 +275,8 @@ KINDS: dict[str, Kind] = {
     "data": (data_files, damaged, read_data, DataError),
     "checkpoint": (checkpoint_files, damaged_checkpoint, read_checkpoint, checkpoint.CheckpointError),
     "archive": (archive_files, damaged_archive, read_archive, DataError),
+    "arrays": (arrays_files, damaged, read_npz, DataError),
+    "idx": (idx_files, damaged, read_mnist, DataError),
 }
 
 

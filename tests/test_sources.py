@@ -27,6 +27,8 @@ from cnnmpi.data.sources import streams
 from cnnmpi.data.sources.folder import find_pictures
 from cnnmpi.data.sources.split import drawn_for_test
 from cnnmpi.data.writer import CHUNK, Source, write
+from cnnmpi.train.code import Code
+from cnnmpi.train.setup import Data, data_attributes
 from tests.jobs import run
 
 SIZE = 8
@@ -251,6 +253,8 @@ def test_what_becomes_of_other_proportions():
     padded = fit(tall, 8, 8, "pad")  # of 16x8: to 8x4, between two columns of black on either side
     assert not padded[:, :2].any() and not padded[:, 6:].any()
     assert np.array_equal(padded[2:6, 2:6], DRAWN[:4, :4]) and (padded[:2, 2:6] == 10).all()
+    lying = np.ascontiguousarray(tall.transpose(1, 0, 2))
+    assert np.array_equal(fit(lying, 8, 8, "pad"), padded.transpose(1, 0, 2))
     stretched = fit(tall, 4, 8, "stretch")
     assert (stretched[0] == 10).all() and (stretched[3] == 90).all()
     middle = DRAWN[:4, :4].astype(float).reshape(2, 2, 4, 3).mean(axis=1).repeat(2, axis=1)
@@ -267,6 +271,7 @@ def test_the_fit_travels_with_the_data_file(tmp_path):
         dataset = made(tmp_path / "d", "--size", "6x5", "--fit", how)
         assert dataset.fit == how and dataset.train_images.shape[1:] == (3, 6, 5)
         assert np.array_equal(stored(dataset, 1), read_fitted(tmp_path / "d" / "b" / "0.png", 3, 6, 5, how))
+        assert data_attributes(Data(dataset, "", (), ()), Code())["data_fit"] == how  # of every checkpoint
 
 
 def test_large_photographs_are_decoded_smaller_to_nearly_the_same_pixels(tmp_path):
@@ -298,16 +303,20 @@ def test_the_draw_depends_on_seed_and_names_alone():
     assert drawn == set(expected)  # on every machine, in every version
 
 
-def test_a_folder_is_the_same_data_in_whatever_order_it_lies(tmp_path):
+def test_a_folder_is_the_same_data_in_whatever_order_it_lies(tmp_path, monkeypatch):
     random = np.random.default_rng(4)
-    files = {
-        f"{c}/{k}.png": encoded(random.integers(0, 256, (8, 8, 3), np.uint8), "PNG") for c in "ab" for k in range(9)
-    }
-    put(tmp_path / "one", files)
-    put(tmp_path / "two", dict(reversed(files.items())))
-    one, two = (made(tmp_path / name, "--size", "8", "--test", "0.3") for name in ("one", "two"))
-    assert one.digest() == two.digest() and np.bincount(one.test_labels).tolist() == [3, 3]
-    other = made(tmp_path / "two", "--size", "8", "--test", "0.3", "--seed", "1")
+    names = [f"{c}/{k}.png" for c in "ab" for k in range(9)]
+    put(tmp_path / "d", {name: encoded(random.integers(0, 256, (8, 8, 3), np.uint8), "PNG") for name in names})
+    walk, listed, made_of = os.walk, Path.iterdir, {}
+    for order in (1, -1):
+        monkeypatch.setattr(Path, "iterdir", lambda path, order=order: iter(sorted(listed(path))[::order]))
+        monkeypatch.setattr(
+            os, "walk", lambda *a, order=order, **k: ((w, f, sorted(names)[::order]) for w, f, names in walk(*a, **k))
+        )
+        made_of[order] = made(tmp_path / "d", "--size", "8", "--test", "0.3")
+    one = made_of[1]
+    assert one.digest() == made_of[-1].digest() and np.bincount(one.test_labels).tolist() == [3, 3]
+    other = made(tmp_path / "d", "--size", "8", "--test", "0.3", "--seed", "1")
     assert other.digest() != one.digest() and np.bincount(other.test_labels).tolist() == [3, 3]
 
 
@@ -755,7 +764,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.mpi_skip  # it starts a process: libhdf5 would crash as that ends
 def test_a_disk_that_fills_up_is_one_line(tmp_path):
     path = npz(tmp_path / "a.npz", x=images_of(1000), y=np.arange(1000) % 2)
-    npz(tmp_path / "b.npz", x=images_of(20_000), y=np.arange(20_000) % 2)
+    npz(tmp_path / "b.npz", x=images_of(60_000), y=np.arange(60_000) % 2)  # several chunks
     out = tmp_path / "out" / "d.h5"
     assert run(sys.executable, "-c", FULL, "arrays", path, "--out", out).returncode == 0
     before = out.read_bytes()
@@ -769,10 +778,11 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path):
 
 
 def test_verify_finds_any_change(tmp_path, capsys):
-    path = tmp_path / "d.h5"
-    write_hdf5(path, small())
+    path, dataset = tmp_path / "d.h5", small(2500)  # more than one block
+    assert dataset.train_images.nbytes > BLOCK
+    write_hdf5(path, dataset)
     assert command.main(["verify", str(path), str(path)]) == 0
-    assert capsys.readouterr().out == f"ok {path} data_sha256={small().digest()}\n" * 2
+    assert capsys.readouterr().out == f"ok {path} data_sha256={dataset.digest()}\n" * 2
     whole = path.read_bytes()
 
     def changed(act) -> str:
@@ -784,7 +794,7 @@ def test_verify_finds_any_change(tmp_path, capsys):
     def set_item(name, index, value):
         return lambda file: file[name].__setitem__(index, value)
 
-    assert "train images 650 are not what was written" in changed(set_item("train/images", (650, 2, 0, 0), 0))
+    assert "train images 2400 are not what was written" in changed(set_item("train/images", (2400, 2, 0, 0), 0))
     assert "test images 1 are not" in changed(set_item("test/images", (1, 0, 0, 0), 77))
     assert "labels, checksums or names" in changed(set_item("train/labels", 5, 0))
     assert "labels, checksums or names" in changed(set_item("test/labels", 1, 0))
@@ -804,11 +814,11 @@ def test_verify_finds_any_change(tmp_path, capsys):
         del file["train/crc32"]
         file["train/crc32"] = np.zeros(3, np.uint32)
 
-    assert "train/crc32 are 3, but there are 700 images" in changed(short)
-    at = whole.index(small().train_images[600].tobytes())  # a bit on the disk
+    assert "train/crc32 are 3, but there are 2500 images" in changed(short)
+    at = whole.index(dataset.train_images[600].tobytes())  # a bit on the disk
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     assert "train images" in complaint(["verify", path], capsys, code=1)
-    at = whole.index(small().train_labels.tobytes())
+    at = whole.index(dataset.train_labels.tobytes())
     path.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
     assert str(path) in complaint(["verify", path], capsys, code=1)
     assert "no such file" in complaint(["verify", tmp_path / "gone.h5"], capsys, code=1)

@@ -73,7 +73,7 @@ class Opened:
             value = self.reader.attribute(name)
         except ValueError:
             return None
-        return value if isinstance(value, list) else None
+        return value if isinstance(value, list) and all(isinstance(number, float) for number in value) else None
 
     def crc32(self, part: str) -> Array | None:
         """Return the recorded CRC-32 of each image of "train" or "test", uint32 (N,); None where it is missing."""

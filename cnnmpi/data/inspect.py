@@ -1,7 +1,6 @@
 """Looking into data files: what they hold, whether it is what was written, and what the images look like."""
 
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import h5py
@@ -26,6 +25,7 @@ from cnnmpi.data.images import fit
 
 TILE, GAP, MARGIN = 64, 4, 160  # pixels of a sheet: an image, what is between two, and the name of a class
 SHEET_COLUMNS, MOST_ROWS = 10, 100
+LONGEST_TITLE = 24  # letters of a class in a sheet
 MOST_NAMED = 5  # of many wrong images
 
 
@@ -33,7 +33,9 @@ def describe(path: Path) -> str:
     """Return in some lines what a data file holds. Raises DataError for one that cannot be used."""
     with opened(path) as file:
         (_, images, _), (_, test_images, _) = file.parts
-        mean, std = mean_and_std(_level_counts(images))
+        mean, std = file.numbers("mean"), file.numbers("std")
+        if mean is None or std is None:  # of a file that records none
+            mean, std = map(list, mean_and_std(_level_counts(images)))
         N, C, H, W = images.shape
         facts = {
             "source": file.source,
@@ -128,27 +130,29 @@ def make_sheet(path: Path, out: Path) -> None:
         pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
         for row, title in enumerate(classes):
             y = GAP + row * (TILE + GAP)
-            text = printable(title)[:24]
+            text = printable(title)[:LONGEST_TITLE]
             if isinstance(font, ImageFont.ImageFont):  # without FreeType: it has the letters of Latin-1 alone
                 text = text.encode("latin-1", "replace").decode("latin-1")
-            pen.text((GAP, y + TILE // 2 - 6), text, "black", font)
+            pen.text((GAP, y + TILE // 2 - GAP), text, "black", font)
             for column, index in enumerate(np.flatnonzero(labels == row)[:SHEET_COLUMNS]):
-                pixels = images[int(index)].transpose(1, 2, 0)
-                pixels = pixels if pixels.shape[2] == 3 else pixels[:, :, :1]
-                tile = fit(np.ascontiguousarray(pixels), TILE, TILE, "pad")
-                tile = np.broadcast_to(tile, (TILE, TILE, 3))
-                sheet.paste(Image.fromarray(np.ascontiguousarray(tile)), (MARGIN + column * (TILE + GAP), y))
+                sheet.paste(_tile(images[int(index)]), (MARGIN + column * (TILE + GAP), y))
     try:
         sheet.save(out)
     except (OSError, ValueError) as error:
         raise DataError(f"{out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _tile(image: Array) -> Image.Image:
+    """Return an image (C, H, W) as it stands in a sheet; of other numbers of channels than 3, the first one in gray."""
+    shown = image if len(image) == 3 else image[:1].repeat(3, axis=0)
+    return Image.fromarray(fit(np.ascontiguousarray(shown.transpose(1, 2, 0)), TILE, TILE, "pad"))
+
+
 def _level_counts(images: h5py.Dataset) -> Array:
-    counts: Iterable[Array] = (
-        level_counts(images[block]) for block in blocks(0, len(images), images_per_block(images.shape))
-    )
-    return sum(counts, np.zeros((images.shape[1], 256), np.int64))
+    counts = np.zeros((images.shape[1], 256), np.int64)
+    for block in blocks(0, len(images), images_per_block(images.shape)):
+        counts += level_counts(images[block])
+    return counts
 
 
 def _labels(file: Opened, name: str, stored: h5py.Dataset) -> Array:

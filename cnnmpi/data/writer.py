@@ -7,7 +7,7 @@ The layout, and what is recorded for readers that trust nobody, is described in 
 import io
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def write(path: str | Path, source: Source) -> Written:
     Raises DataError, and leaves what was at ``path`` before, where the source does, where its pieces do not fit
     together, and where the file cannot be written.
     """
-    path = Path(path)
+    path, pieces = Path(path), iter(source.pieces)
     try:
         described = {name: hdf5.texts(text) for name, text in _descriptions(source).items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def write(path: str | Path, source: Source) -> Written:
                         else:
                             file[name] = value  # the names of many classes
                     writer = Writer(path, file, source.classes)
-                    for piece in source.pieces:
+                    for piece in pieces:
                         writer.add(*piece)
                         disk.check()
                     return writer.finish()
@@ -106,6 +106,9 @@ def write(path: str | Path, source: Source) -> Written:
         raise
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: cannot be written: {reason(error)}") from error
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()  # ends its threads and closes its files
 
 
 def _descriptions(source: Source) -> dict[str, Any]:

@@ -24,7 +24,7 @@ PIXELS = 3072
 LARGEST = 1 << 29  # bytes, unpacked; three times the official ones
 LARGEST_HEADER = 1 << 20  # bytes that a name or an extended header may have
 MOST_MEMBERS = 10_000
-OTHERS = "python -m cnnmpi.data makes a data file of images, of .npz files and of MNIST's"
+OTHERS = "python -m cnnmpi.data makes data files of folders of images, .npz files and MNIST's"
 GZIP = b"\x1f\x8b"
 Members = dict[str, bytes]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,9 @@ CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}  # and whatever begins with a
 LARGEST_TABLE = 1 << 28  # bytes
 MOST_TOGETHER = 16  # files that a thread decodes before it hands them over: more would not save time
 AHEAD = 2  # such batches in work or waiting, for each thread
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Picture(NamedTuple):
@@ -77,22 +80,20 @@ class Pictures:
     ) -> Iterator[Piece]:
         together = min(MOST_TOGETHER, max(1, CHUNK // (channels * size[0] * size[1])))
 
-        def read(batch: list[Picture]) -> list[Array | DataError]:
-            return [_read(picture.path, channels, size, how) for picture in batch]
+        def read(batch: list[Picture]) -> list[tuple[int, Array | DataError]]:
+            return [(picture.label, _read(picture.path, channels, size, how)) for picture in batch]
 
         for part, pictures in (("train", self.train), ("test", self.test)):
             found = np.zeros(len(self.classes), np.int64)
             batches = [pictures[at : at + together] for at in range(0, len(pictures), together)]
-            for batch, results in zip(batches, in_order(read, batches), strict=True):
-                images = [pixels for pixels in results if not isinstance(pixels, DataError)]
-                labels = [
-                    p.label for p, pixels in zip(batch, results, strict=True) if not isinstance(pixels, DataError)
-                ]
-                self.left_out += [str(error) for error in results if isinstance(error, DataError)]
+            for results in in_order(read, batches):
+                images = [pixels for _, pixels in results if not isinstance(pixels, DataError)]
+                labels = [label for label, pixels in results if not isinstance(pixels, DataError)]
+                self.left_out += [str(error) for _, error in results if isinstance(error, DataError)]
                 np.add.at(found, labels, 1)
                 if images:
                     yield part, np.stack(images).transpose(0, 3, 1, 2), np.array(labels)
-                advance(len(batch))
+                advance(len(results))
             if part == "train" and 0 in found:
                 name = printable(self.classes[int(np.argmin(found))])
                 raise DataError(f"{self.folder}: no training image of the class {name} can be read")
@@ -107,23 +108,21 @@ def _read(path: Path, channels: int, size: tuple[int, int], how: Fit) -> Array |
         return error
 
 
-def in_order(
-    work: Callable[[list[Picture]], list[Array | DataError]], batches: Iterable[list[Picture]]
-) -> Iterator[list[Array | DataError]]:
-    """Yield ``work(batch)`` of each batch, in their order, computed by a thread for each core, a few of them ahead.
+def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield ``work(item)`` of each item, in their order, computed by a thread for each core, a few of them ahead.
 
     Threads, because Pillow lets others run while it decodes and scales: large photographs keep all cores busy. Of
     images as small as CIFAR's nearly all time is Python's own, some 5000 of them a second, with processes as well.
     """
     threads = usable_cores()
     pool = ThreadPoolExecutor(threads)
-    waiting: collections.deque[Future[list[Array | DataError]]] = collections.deque()
+    waiting: collections.deque[Future[Result]] = collections.deque()
     # each read silences warnings for itself and then restores what was: among threads that holds only if all are silent
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            for batch in batches:
-                waiting.append(pool.submit(work, batch))
+            for item in items:
+                waiting.append(pool.submit(work, item))
                 if len(waiting) > AHEAD * threads:
                     yield waiting.popleft().result()
             while waiting:
@@ -144,7 +143,8 @@ def find_pictures(folder: Path, labels: Path | None = None, test: float | None =
 
     Raises DataError, in one line, for whatever does not make a data set.
     """
-    if test is not None and not 0 < test < 1:
+    share = TEST_SHARE if test is None else test
+    if not 0 < share < 1:
         raise DataError(f"--test {test}: expected a share of the images, above 0 and below 1")
     found = Pictures(folder, (), [], [])
     if labels is not None:
@@ -158,12 +158,9 @@ def find_pictures(folder: Path, labels: Path | None = None, test: float | None =
     found.classes = _class_names(labels or folder, files)
     for label, name in enumerate(found.classes):
         members = sorted(files[name])
-        for drawn, member in zip(
-            drawn_for_test([f"{name}/{member}" for member in members], TEST_SHARE if test is None else test, seed),
-            members,
-            strict=True,
-        ):
-            (found.test if drawn else found.train).append(Picture(files[name][member], label))
+        drawn = drawn_for_test([f"{name}/{member}" for member in members], share, seed)
+        for member, tests in zip(members, drawn, strict=True):
+            (found.test if tests else found.train).append(Picture(files[name][member], label))
     return found
 
 
