@@ -144,7 +144,9 @@ def recipe_of(config: Config, code: Code) -> dict[str, Any]:
 
 def named(code: Code, value: Any) -> str:
     """Return the text of a setting that may be a person's code: a name, a thing, or a list of both."""
-    return ",".join(map(code.name, value)) or "none" if isinstance(value, list | tuple) else code.name(value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(code.name, value)) or "none"
+    return code.name(value)
 
 
 def canonical(augment: str) -> str:

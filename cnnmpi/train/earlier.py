@@ -1,5 +1,6 @@
 """Settings of earlier versions, in the words of this one: flip, crop and cutout, which are entries of augment now."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def with_augment(content: dict[str, Any], source: str) -> dict[str, Any]:
 def check_flags(args: Sequence[str]) -> None:
     """Raise UserError that says what to write now, where a command line has flags of earlier versions."""
     content: dict[str, Any] = {}
-    for argument, after in zip(args, [*args[1:], "--"], strict=True):
+    for argument, after in itertools.zip_longest(args, args[1:], fillvalue="--"):
         name, inline, value = argument.partition("=")
         value = value if inline else after
         if name in ("--flip", "--no-flip"):
