@@ -39,7 +39,7 @@ def with_augment(content: dict[str, Any], source: str) -> dict[str, Any]:
 def check_flags(args: Sequence[str]) -> None:
     """Raise UserError that says what to write now, where a command line has flags of earlier versions."""
     content: dict[str, Any] = {}
-    for argument, after in itertools.zip_longest(args, args[1:], fillvalue="--"):
+    for argument, after in itertools.pairwise([*args, "--"]):
         name, inline, value = argument.partition("=")
         value = value if inline else after
         if name in ("--flip", "--no-flip"):
