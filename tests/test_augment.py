@@ -473,6 +473,11 @@ def test_settings_of_earlier_versions_are_one_augment(before, now):
     assert from_plain({**before, "lr": 0.5}, "c.toml") == {**others, "lr": 0.5, "augment": now}
 
 
+def test_a_settings_file_may_give_a_list_or_a_text():
+    for given, text in ((["flip", "crop=3"], "flip,crop=3"), ([], "none"), ("flip,crop=3", "flip,crop=3")):
+        assert from_plain({"augment": given}, "c.toml") == {"augment": text}
+
+
 def test_settings_of_earlier_versions_that_make_no_sense_are_refused():
     for before in ({"crop": "far"}, {"flip": "yes"}, {"cutout": -1}, {"augment": "mirror"}):
         with pytest.raises(UserError, match=r"^c\.toml: "):
@@ -490,6 +495,7 @@ def test_settings_of_earlier_versions_that_make_no_sense_are_refused():
     ],
 )
 def test_flags_of_earlier_versions_say_what_to_write_now(flags, instead):
+    assert parse([]).augment is None and parse(["--augment", "crop=4"]).augment == "crop=4"
     with pytest.raises(UserError, match=instead):
         parse(flags.split())
 
