@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnmpi.data import DataError, Dataset, read_hdf5, statistics, write_hdf5
+from cnnmpi.data import DataError, Dataset, find_data, read_hdf5, statistics, write_hdf5
 from cnnmpi.data import __main__ as command
 from cnnmpi.data.dataset import BLOCK, index_digest
 from cnnmpi.data.images import FITS, fit, read_fitted
@@ -600,6 +600,27 @@ def test_one_command_after_the_files_of_mnist_train(tmp_path):
     result = run(sys.executable, "-m", "cnnmpi.train", *options)
     assert result.returncode == 0, result.stderr
     assert "done: test_acc=" in result.stdout and (tmp_path / "run" / "last.h5").exists()
+
+
+def test_data_names_files_of_mnist_or_of_numpy_which_are_converted_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put_mnist(tmp_path / "mnist", packed=True)
+    x, y = images_of(40, (1, 12, 12)), np.arange(40) % 4
+    np.savez(tmp_path / "mine.npz", x=x, y=y)
+    told: list[str] = []
+    for name in ("mnist", "mine.npz"):
+        target = Path("data") / f"{name.removesuffix('.npz')}.h5"
+        assert find_data(name, "data", told.append) == target
+        assert read_hdf5(target).train_images.shape[1] == 1
+        before = target.stat().st_mtime_ns
+        assert find_data(name, "data", told.append) == target and target.stat().st_mtime_ns == before
+        if name == "mine.npz":
+            np.savez(tmp_path / "mine.npz", x=255 - x, y=y)
+            assert find_data(name, "data", told.append) == target and target.stat().st_mtime_ns != before
+    assert len(told) == 3 and told[0] == "converting mnist to data/mnist.h5"
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"photos: a folder of images\? python -m cnnmpi.data images photos makes a"):
+        find_data("photos", "data")
 
 
 @pytest.mark.fault

@@ -9,14 +9,19 @@ from cnnmpi.data.augment import to_unit
 from cnnmpi.data.dataset import DataError, Dataset
 from cnnmpi.data.download import DownloadError, download_cifar10
 from cnnmpi.data.hdf5 import is_hdf5, read_descriptions, read_hdf5
-from cnnmpi.data.sources.archive import LAYOUTS, archive_sha256, read_archive
-from cnnmpi.data.writer import write_hdf5
+from cnnmpi.data.sources.archive import LAYOUTS, archive_sha256, holds_archive, read_archive
+from cnnmpi.data.sources.arrays import read_arrays
+from cnnmpi.data.sources.idx import holds_idx, idx_sha256, read_idx
+from cnnmpi.data.sources.streams import files_sha256
+from cnnmpi.data.writer import Source, source_of, write
 
 CIFAR10, CIFAR100 = "cifar10.h5", "cifar100.h5"
-SUFFIXES = (".tar.gz", ".tgz", ".tar")
+NPZ = ".npz"
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
+SUFFIXES = (*ARCHIVES, NPZ)
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 LOCAL = (  # what is used where cifar10.h5 is not there yet: the first of these
-    *(f"cifar-10-{version}{suffix}" for version in ("python", "binary") for suffix in SUFFIXES),
+    *(f"cifar-10-{version}{suffix}" for version in ("python", "binary") for suffix in ARCHIVES),
     *(layout.folder for layout in LAYOUTS[:2]),
 )
 
@@ -28,8 +33,8 @@ def find_data(spec: str, data_dir: str | Path = "data", notify: Callable[[str], 
       downloaded; else (no network, or a folder that cannot be written), with a notice, synthetic.
     - ``cifar10``: the same, but an error where ``auto`` would turn to synthetic data.
     - ``synthetic``: the synthetic data.
-    - a path: an HDF5 file as it is; an archive or extracted folder is converted to ``data_dir``/<name>.h5, and again
-      only when its sha256 has changed.
+    - a path: an HDF5 file as it is; a CIFAR archive or its extracted folder, an .npz file, or a folder with the files
+      of MNIST is converted to ``data_dir``/<name>.h5, and again only when its sha256 has changed.
 
     Raises DataError, one line, for what is missing or damaged, and if ``data_dir`` cannot be written.
     """
@@ -82,11 +87,15 @@ def _from_path(path: Path, folder: Path, notify: Callable[[str], None]) -> Path:
     except (OSError, ValueError):  # a name that no file can have
         present = False
     if not present:
-        raise DataError(f"{path}: no such file; expected auto, cifar10, synthetic, or an HDF5 file, archive or folder")
+        raise DataError(
+            f"{path}: no such file; expected auto, cifar10, synthetic, or an HDF5 file, archive, .npz file or folder"
+        )
     if not path.is_file() and not path.is_dir():
         raise DataError(f"{path}: neither a file nor a folder")
     if path.is_file() and (is_hdf5(path) or path.suffix.lower() in HDF5_SUFFIXES):
         return path  # if it is called HDF5 without being so, its reader says what is wrong
+    if path.is_dir() and not holds_idx(path) and not holds_archive(path):
+        raise DataError(f"{path}: a folder of images? python -m cnnmpi.data images {path} makes a data file of it")
     name = path.resolve().name
     stem = next((name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
     target = folder / f"{stem}.h5"
@@ -94,7 +103,7 @@ def _from_path(path: Path, folder: Path, notify: Callable[[str], None]) -> Path:
         recorded = read_descriptions(target)[2]
         if not recorded:
             raise DataError(f"{target}: in the way: it was not made from {path}; move it or pass it instead")
-        if recorded == archive_sha256(path):
+        if recorded == _sha256(path):
             return target
     _check_writable(folder)
     return _convert(path, target, notify)
@@ -123,11 +132,25 @@ def _check_cifar10(path: Path, classes: int) -> None:
 
 def _convert(archive: Path, target: Path, notify: Callable[[str], None]) -> Path:
     notify(f"converting {archive} to {target}")
-    dataset = read_archive(archive)
+    source = _source(archive)
     if target.name == CIFAR10:
-        _check_cifar10(archive, len(dataset.classes))
-    write_hdf5(target, dataset)
+        _check_cifar10(archive, len(source.classes))
+    write(target, source)
     return target
+
+
+def _source(path: Path) -> Source:
+    """Return what an archive, an .npz file or a folder with the files of MNIST holds."""
+    if path.suffix.lower() == NPZ:
+        return read_arrays(path)
+    return read_idx(path) if holds_idx(path) else source_of(read_archive(path))
+
+
+def _sha256(path: Path) -> str:
+    """Return the sha256 that a data file records which was made from ``path``."""
+    if path.suffix.lower() == NPZ:
+        return files_sha256([path])
+    return idx_sha256(path) if holds_idx(path) else archive_sha256(path)
 
 
 def _check_writable(folder: Path) -> None:

@@ -88,6 +88,12 @@ def read_archive(path: str | Path) -> Dataset:
     return dataset
 
 
+def holds_archive(folder: Path) -> bool:
+    """Return whether a folder is one that an archive was extracted to, or holds it, be it complete or not."""
+    names = {name for layout in LAYOUTS for name in (*layout.files, layout.folder)}
+    return any(path.name in names for path in folder.iterdir())
+
+
 def archive_sha256(path: str | Path) -> str:
     """Return the sha256 of an archive or, for a folder, of the files that would be read, without decoding them."""
     path = Path(path)

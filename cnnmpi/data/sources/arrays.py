@@ -19,7 +19,7 @@ from cnnmpi.common.arrays import Array
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import DataError, check_alike, check_declared, to_levels
 from cnnmpi.data.sources.split import drawn_for_test
-from cnnmpi.data.sources.streams import Stream, check_claim, read_blocks
+from cnnmpi.data.sources.streams import Stream, check_claim, files_sha256, read_blocks
 from cnnmpi.data.writer import Piece, Source
 
 SPLIT = ("x_train", "y_train", "x_test", "y_test")
@@ -70,7 +70,7 @@ def read_arrays(path: Path, test: float | None = None, seed: int = 0) -> Source:
     if len(parts) > 1:
         check_alike(str(path), parts)
     drawn = _drawn(first, TEST_SHARE if test is None else test, seed) if "x" in pairs else None
-    return Source(classes, printable(path), _pieces(path, pairs, labels, drawn))
+    return Source(classes, printable(path), _pieces(path, pairs, labels, drawn), files_sha256([path]))
 
 
 def _pieces(

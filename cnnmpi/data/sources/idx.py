@@ -17,7 +17,7 @@ import numpy as np
 from cnnmpi.common.arrays import Array
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import DataError, check_alike, check_declared
-from cnnmpi.data.sources.streams import Stream, check_claim, read_blocks, read_exactly
+from cnnmpi.data.sources.streams import Stream, check_claim, files_sha256, read_blocks, read_exactly
 from cnnmpi.data.writer import Piece, Source
 
 NAME = re.compile(r"(?:.*-)?(train|t10k|test)-(images|labels)[-.]idx\d-ubyte(?:\.gz)?")
@@ -47,7 +47,17 @@ def read_idx(folder: Path) -> Source:
                 yield part, images[:, None], labels[part][at : at + len(images)]
                 at += len(images)
 
-    return Source(classes, f"IDX files of {printable(folder)}", pieces())
+    return Source(classes, f"IDX files of {printable(folder)}", pieces(), idx_sha256(folder))
+
+
+def holds_idx(folder: Path) -> bool:
+    """Return whether any file of a folder is called as those of MNIST are."""
+    return folder.is_dir() and any(NAME.fullmatch(path.name) for path in folder.iterdir())
+
+
+def idx_sha256(folder: Path) -> str:
+    """Return the sha256 of the files that would be read, one after the other. Raises DataError."""
+    return files_sha256(path for _, path in sorted(_files(folder).items()))
 
 
 def _files(folder: Path) -> dict[tuple[str, str], Path]:

@@ -1,7 +1,9 @@
 """Bytes from files that may come from anyone: as many as a header promises, in small memory, or one line of error."""
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +22,19 @@ class Stream(Protocol):
 
     def read(self, count: int = ..., /) -> bytes:
         """Return up to ``count`` bytes; fewer, or none, at the end."""
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """Return the sha256 of the contents of files, one after the other. Raises DataError."""
+    sha = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    sha.update(block)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return sha.hexdigest()
 
 
 def check_claim(name: str, claimed: int, stored: int) -> None:
