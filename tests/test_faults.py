@@ -59,9 +59,9 @@ class Struck:
         self.place = "step"
         {step}
         return Struck.usual["train_step"](self)
-    def _evaluate(self):
+    def _evaluate(self, part):
         {evaluation}
-        return Struck.usual["_evaluate"](self)
+        return Struck.usual["_evaluate"](self, part)
     def _save(self, name):
         {save}
         Struck.usual["_save"](self, name)
