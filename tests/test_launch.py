@@ -192,13 +192,13 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(data, tmp_path, undisturbed):
 DEAF = """
 import hashlib, sys
 from cnnmpi.data import DataLoader
-from cnnmpi.train import setup, signals
+from cnnmpi.train import inputs, signals
 from cnnmpi.train.__main__ import main
 def call_a_library():
     print("deaf", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # half an hour, without Python's lock
 signals.PATIENCE_S, signals.TIMES = 1.0, 0
-batch, read = DataLoader.batch, setup.read_hdf5
+batch, read = DataLoader.batch, inputs.read_hdf5
 def deaf_batch(self, step, shard):
     if (step, shard) == (5, 7):
         call_a_library()
@@ -235,7 +235,7 @@ def test_sigterm_ends_a_job_in_which_a_library_call_does_not_return(ranks, data,
 
 @pytest.mark.fault
 def test_sigterm_ends_a_process_whose_data_never_come(data, tmp_path):
-    job = start_deaf(1, data, tmp_path / "run", "setup.read_hdf5 = deaf_read")
+    job = start_deaf(1, data, tmp_path / "run", "inputs.read_hdf5 = deaf_read")
     job.terminate()
     job.communicate(timeout=HANGS_S)
     assert job.returncode == -signal.SIGTERM and not (tmp_path / "run").exists()
