@@ -158,7 +158,7 @@ def _boxes(
 
 
 @dataclass(frozen=True)
-class Known:
+class Transformation:
     """A transformation that has a name, and what number it takes, ``least`` to ``most``: none if ``number`` is ""."""
 
     apply: Callable[..., Result]
@@ -170,15 +170,15 @@ class Known:
     mixes: bool = False  # gives probabilities (n, K) in place of labels
 
 
-KNOWN = {
-    "flip": Known(_flip),
-    "crop": Known(_crop, "pixels", whole=True, least=1, most=math.inf),
-    "resized_crop": Known(_resized_crop, "a share of the area"),
-    "jitter": Known(_jitter, "a strength", takes="pixels"),
-    "cutout": Known(_cutout, "pixels", whole=True, least=1, most=math.inf, takes="normalised"),
-    "erasing": Known(_erasing, "a probability", takes="normalised"),
-    "mixup": Known(_mixup, "an alpha", most=100, takes="normalised", mixes=True),
-    "cutmix": Known(_cutmix, "an alpha", most=100, takes="normalised", mixes=True),
+TRANSFORMATIONS = {
+    "flip": Transformation(_flip),
+    "crop": Transformation(_crop, "pixels", whole=True, least=1, most=math.inf),
+    "resized_crop": Transformation(_resized_crop, "a share of the area"),
+    "jitter": Transformation(_jitter, "a strength", takes="pixels"),
+    "cutout": Transformation(_cutout, "pixels", whole=True, least=1, most=math.inf, takes="normalised"),
+    "erasing": Transformation(_erasing, "a probability", takes="normalised"),
+    "mixup": Transformation(_mixup, "an alpha", most=100, takes="normalised", mixes=True),
+    "cutmix": Transformation(_cutmix, "an alpha", most=100, takes="normalised", mixes=True),
 }
 
 
@@ -193,7 +193,7 @@ class Entry:
     """
 
     text: str
-    known: Known | None = None
+    known: Transformation | None = None
     number: float | None = None
     function: Augment | None = None
 
@@ -254,12 +254,12 @@ def check_sizes(listed: Sequence[Entry], height: int, width: int) -> None:
 
 def _entry(text: str, find: Callable[[str], Augment] | None) -> Entry:
     name, equals, value = (part.strip() for part in text.partition("="))
-    if name not in KNOWN:
+    if name not in TRANSFORMATIONS:
         if ":" in text:
             return _own(text, find(text)) if find else Entry(text)
-        known_names = ", ".join(name + "=NUMBER" * bool(known.number) for name, known in KNOWN.items())
+        known_names = ", ".join(name + "=NUMBER" * bool(known.number) for name, known in TRANSFORMATIONS.items())
         raise ValueError(f"{text!r} is none of {known_names}, and no FILE.py:FUNCTION")
-    known = KNOWN[name]
+    known = TRANSFORMATIONS[name]
     if not known.number:
         if equals:
             raise ValueError(f"{text}: {name} takes no number")
