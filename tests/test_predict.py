@@ -310,7 +310,7 @@ def test_a_model_sees_in_prediction_what_it_saw_in_training(tmp_path, capsys, mo
     stated = {"classes": CLASSES, "mean": [MEAN] * 3, "std": [STD] * 3, "data_fit": how}
     checkpoint.save(path, pack(net), model_attributes("simplecnn", options, net) | stated)
     image = saved(tmp_path / "p.png", Image.fromarray(picture(90, 40)))
-    monkeypatch.setattr("cnnmpi.predict.probabilities", lambda model, images: seen.extend(images) or np.ones((1, 4)))
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images: seen.extend(images) or np.ones((1, 4)))
     assert main([str(path), str(image)]) == 0
     expected = fit(picture(90, 40), 28, 20, how if how in ("pad", "stretch") else "crop")
     assert np.array_equal(seen[0], expected)
