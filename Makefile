@@ -13,13 +13,19 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train test faults mutants lint clean
+.PHONY: train test test-process test-ranks faults mutants lint clean
 
 train: .venv/train.done
 	$(BIN)/mpirun -n $(RANKS) $(BIN)/python -m cnnmpi.train $(ARGS)
 
+# in one process, and meanwhile on several ranks: both wait much, for processes that start, hang and end
 test: .venv/test.done
+	$(MAKE) --no-print-directory --jobs 2 --output-sync test-process test-ranks
+
+test-process: .venv/test.done
 	$(BIN)/python -m pytest
+
+test-ranks: .venv/test.done
 	$(BIN)/mpirun -n 2 $(BIN)/python -m pytest --with-mpi
 	$(BIN)/mpirun -n 3 $(BIN)/python -m pytest --with-mpi -m mpi
 	$(BIN)/mpirun -n 4 $(BIN)/python -m pytest --with-mpi -m mpi

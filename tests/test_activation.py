@@ -13,6 +13,8 @@ from cnnmpi import layers as L
 from tests.test_functional import engines
 from tests.twins import DTYPES, SWEEP, check, rng, torch
 
+pytestmark = pytest.mark.mpi_skip  # the same on each rank
+
 nn = torch.nn
 
 TWINS: dict[str, tuple[Any, Any]] = {

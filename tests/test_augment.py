@@ -31,6 +31,8 @@ from cnnmpi.train import Config, Trainer, set_up
 from cnnmpi.train.config import from_plain, parse
 from cnnmpi.train.measures import class_weights
 
+pytestmark = pytest.mark.mpi_skip  # the same on each rank
+
 H, W = 6, 9  # not square, so that a mistake of rows and columns shows
 
 

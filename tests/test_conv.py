@@ -14,6 +14,8 @@ from cnnmpi import layers as L
 from cnnmpi.functional import depthwise
 from tests.twins import DTYPES, SIZES, SWEEP, Wrapped, check, rng, torch
 
+pytestmark = pytest.mark.mpi_skip  # the same on each rank
+
 nn = torch.nn
 ENGINES = st.sampled_from(["numpy", "torch"])
 

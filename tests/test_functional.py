@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from cnnmpi import functional, layers
 from cnnmpi.functional import blocks, conv, init, winograd
 
+pytestmark = pytest.mark.mpi_skip  # the same on each rank
+
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares with PyTorch")
 sweep = settings(max_examples=40, deadline=None, derandomize=True)  # derandomized: all MPI ranks draw the same examples
 

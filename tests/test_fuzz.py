@@ -8,6 +8,8 @@ import pytest
 
 from tests.fuzz import KINDS
 
+pytestmark = pytest.mark.mpi_skip  # the same on each rank
+
 CASES = os.environ.get("FUZZ_CASES", "40")
 
 

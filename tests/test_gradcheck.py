@@ -13,6 +13,8 @@ from cnnmpi import layers as L
 from tests.every_layer import LAYERS
 from tests.test_functional import needs_torch
 
+pytestmark = pytest.mark.mpi_skip  # the same on each rank
+
 
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=[type(layer).__name__ for layer, _ in LAYERS])
 @pytest.mark.parametrize("training", [True, False])

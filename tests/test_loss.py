@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from cnnmpi import functional
 from tests.test_functional import TOLERANCE, assert_close, convert, engines, in_memory, needs_torch, random, sweep
 
+pytestmark = pytest.mark.mpi_skip  # the same on each rank
+
 INF, NAN = math.inf, math.nan
 
 

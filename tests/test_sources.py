@@ -31,6 +31,8 @@ from cnnmpi.train.code import Code
 from cnnmpi.train.setup import Data, data_attributes
 from tests.jobs import run
 
+pytestmark = pytest.mark.mpi_skip  # the same on each rank
+
 SIZE = 8
 DRAWN = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8)  # what most files below show
 GRAY = DRAWN[:, :, :1]
