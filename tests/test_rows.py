@@ -82,7 +82,14 @@ def test_rows_of_a_file_are_those_of_the_array(path, index):
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "userblock", "earlier", "resizable"])
-def test_files_of_other_layouts_are_read_in_place(path, kind):
+def test_files_of_other_layouts_are_read_in_place(path, kind, tmp_path):
+    ends = []
+    for place in ("file", "memory"):
+        out = tmp_path / place
+        run = set_up(Config(data=str(layouts(path, kind)), data_in=place, out=out, epochs=1, threads=1), Ranks())
+        assert run.run() == 0
+        ends.append(json.loads((out / "metrics.jsonl").read_text())["train_loss"])
+    assert ends[0] == ends[1]
     data, other = images(), read_in_place(layouts(path, kind))
     order = np.random.default_rng(0).permutation(400)
     np.testing.assert_array_equal(other.train_images[order], data.train_images[order])

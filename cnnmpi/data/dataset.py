@@ -149,7 +149,7 @@ def statistics(images: Array) -> tuple[tuple[float, ...], tuple[float, ...]]:
     The sums are sums of integers, so the result is exact up to one rounding: it depends neither on the order of
     the images nor on the machine. A channel that hardly varies gets SMALLEST_STD.
     """
-    if images.dtype != np.uint8 or images.size == 0:
+    if images.dtype != np.uint8 or 0 in images.shape:
         raise ValueError(f"statistics: expected at least one uint8 image, got {images.dtype} {images.shape}")
     return mean_and_std(level_counts(images))
 
