@@ -155,6 +155,12 @@ def test_a_file_that_becomes_shorter_is_one_line(path):
         rows[:]
 
 
+def test_a_read_that_gives_less_than_was_asked_for_is_continued(path, monkeypatch):
+    rows, preadv = read_in_place(path).train_images, os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:1000]], at))
+    np.testing.assert_array_equal(rows[:5], images().train_images[:5])
+
+
 def test_a_file_that_is_replaced_goes_on_as_it_was(path):
     rows = read_in_place(path).train_images
     write_hdf5(path, images(train=50))
