@@ -118,9 +118,9 @@ class DataLoader:
     def prepare(self, step: int, shards: Sequence[int | None]) -> None:
         """Begin to read the images of these parts of a batch, on threads, where they lie in a file: ``batch`` follows.
 
-        What was begun for other steps, and not fetched, is dropped.
+        What was begun for steps before the one that comes first, and not fetched, is dropped.
         """
-        for key in [key for key in self._ahead if key[0] != step]:
+        for key in [key for key in self._ahead if not step - 1 <= key[0] <= step]:
             self._ahead.pop(key)[1].cancel()
         if self._readers is not None:
             for shard in shards:
