@@ -26,7 +26,7 @@ import tyro
 
 from cnnmpi import console
 from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
-from cnnmpi.data import Compressed, DataError, Dataset, find_data, read_hdf5, read_in_place, synthetic
+from cnnmpi.data import DataError, Dataset, NotInPlace, find_data, read_hdf5, read_in_place, synthetic
 from cnnmpi.distributed import Ranks, UserError, failing_together, launched, little_shared_memory, start
 from cnnmpi.machine import allowance, free_mib, shared_folders
 from cnnmpi.models import MODELS, Model
@@ -195,7 +195,7 @@ def read_data(spec: str) -> tuple[Path | None, Dataset]:
         return path, synthetic()
     try:
         return path, read_in_place(path)
-    except Compressed:
+    except NotInPlace:
         return path, read_hdf5(path)
 
 

@@ -3,7 +3,6 @@
 python -m cnnmpi.evaluate runs/simplecnn-0/best.h5 --data data/cifar10.h5
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.common.text import read_json
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.sizes import pair
 from cnnmpi.train import Config, Evaluation, evaluate
 from cnnmpi.train.code import Code
+from cnnmpi.train.config import check_ranges, from_plain
 from cnnmpi.train.inputs import open_data, parts_of
 from cnnmpi.train.measures import find_losses, make_measures, with_loss
 from cnnmpi.train.setup import load_trained
@@ -49,7 +50,7 @@ def run(
 
     Args:
         checkpoint: a checkpoint of cnnmpi.train.
-        data: auto, cifar10, synthetic, an HDF5 file, or a CIFAR archive.
+        data: auto, cifar10, synthetic, an HDF5 file, a CIFAR archive, an .npz file, or MNIST's folder.
         split: which images; val are those that the run held out (--validation), and train then are the rest.
         threads: threads to compute with; 0 uses all cores.
         model: the network of a checkpoint of your own: FILE.py:CLASS or MODULE:CLASS.
@@ -58,8 +59,8 @@ def run(
     """
     trained, ranks = load_trained(checkpoint, model), Ranks()
     trained.F.set_threads(threads or ranks.default_threads())
-    dataset = open_data(data, ranks, lambda text: print(printable(text), file=sys.stderr)).dataset
-    info = trained.info
+    found = open_data(data, ranks, lambda text: print(printable(text), file=sys.stderr))
+    dataset, info = found.dataset, trained.info
     known = in_words(info.options["in_channels"], pair(info.options["image_size"]), info.classes)
     _, channels, *size = dataset.test_images.shape
     given = in_words(channels, size, dataset.classes)
@@ -68,11 +69,13 @@ def run(
     for number, (theirs, ours) in enumerate(zip(info.classes, dataset.classes, strict=True)):
         if theirs != ours:
             raise UserError(f"class {number} of {checkpoint} is {theirs}, that of --data {data} is {ours}")
-    of_run = json.loads(info.attributes.get("config", "{}"))
-    parts = parts_of(dataset, of_run.get("validation") or 0.0, of_run.get("seed") or 0)
+    of_run = config_of(checkpoint, info.attributes)
+    parts = parts_of(dataset, of_run.validation or 0.0, of_run.seed or 0)
     if split not in parts:
         raise UserError(f"--split val: the run of {checkpoint} held no images out (--validation)")
-    part, its_loss = parts[split], of_run.get("loss") or ""
+    if split != "test" and "val" in parts and found.sha256 != info.attributes.get("data_sha256"):
+        raise UserError(f"--split {split}: {checkpoint} held images out of other data than --data {data}: name its own")
+    part, its_loss = parts[split], of_run.loss or ""
     config = with_loss(Config(loss=loss or (None if ":" in its_loss else its_loss or None)), dataset)
     _, measured = find_losses(config, Code(), trained.F)
     metrics = make_measures(config, dataset, type(trained).recipe.get("metrics")).metrics
@@ -88,6 +91,16 @@ def run(
     print("  ".join(f"{name} {value:.4f}" for name, value in {**values, "loss": result.loss}.items()))
     if len(result.labels):
         show(result, dataset.classes)
+
+
+def config_of(checkpoint: Path, attributes: dict[str, Any]) -> Config:
+    """Return the settings that a checkpoint says it was trained with. Raises UserError for what cannot be one."""
+    try:
+        config = Config(**from_plain(read_json(attributes.get("config", "{}")), f"{checkpoint}: its configuration"))
+        check_ranges(config)
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: its configuration cannot be used: {error}") from None
+    return config
 
 
 def in_words(channels: int, size: Sequence[int], classes: Sequence[str]) -> str:

@@ -465,7 +465,7 @@ def test_targets_of_several_numbers_have_no_classes_to_balance(tmp_path, setting
         ({"flip": True, "crop": 2, "cutout": 0}, "flip,crop=2"),
         ({"flip": False, "crop": 0, "cutout": 0}, "none"),
         ({"flip": True, "crop": 4, "cutout": 8, "augment": "own.py:f"}, "flip,crop=4,own.py:f,cutout=8"),
-        ({"cutout": 8}, "flip,crop=2,cutout=8"),
+        ({"cutout": 8, "model": "nets.py:Net"}, "flip,crop=2,cutout=8"),
         ({"flip": False, "model": "smallresnet"}, "crop=4"),
         ({"crop": 3, "model": "smallresnet"}, "flip,crop=3"),
     ],
@@ -481,7 +481,14 @@ def test_a_settings_file_may_give_a_list_or_a_text():
 
 
 def test_settings_of_earlier_versions_that_make_no_sense_are_refused():
-    for before in ({"crop": "far"}, {"flip": "yes"}, {"cutout": -1}, {"augment": "mirror"}):
+    for before in (
+        {"crop": "far"},
+        {"flip": "yes"},
+        {"cutout": 8},
+        {"flip": "yes", "crop": 2},
+        {"cutout": -1},
+        {"augment": "mirror"},
+    ):
         with pytest.raises(UserError, match=r"^c\.toml: "):
             from_plain(before, "c.toml")
 

@@ -242,3 +242,16 @@ def test_a_class_far_down_the_list_is_compared_too(tmp_path, capsys):
     assert main([str(saved), "--data", str(data)]) == 2
     error = capsys.readouterr().err
     assert f"class 12 of {saved} is c12, that of --data {data} is x" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["[]", "5", "{", '{"loss": 5}', '{"validation": "x"}', '{"validation": -0.5}', '{"seed": NaN}', "[" * 5000],
+)
+def test_a_configuration_that_cannot_be_one_is_refused_in_one_line(tmp_path, capsys, config):
+    saved, data, _ = a_run(tmp_path, ("a", "b"))
+    arrays, attributes = checkpoint.load(saved)
+    checkpoint.save(saved, arrays, attributes | {"config": config})
+    assert main([str(saved), "--data", str(data)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{saved}: its configuration" in line or re.search("--(validation|loss) must be", line)

@@ -1,8 +1,12 @@
 """Images that stay in their file: the same pixels as in memory, each compared with its checksum, and no more read."""
 
+import copy
+import dataclasses
+import gc
 import json
 import os
 import re
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -11,10 +15,10 @@ import numpy as np
 import pytest
 
 from cnnmpi.data import (
-    Compressed,
     DataError,
     DataLoader,
     Dataset,
+    NotInPlace,
     Selected,
     held_out,
     read_hdf5,
@@ -53,8 +57,17 @@ def layouts(path: Path, kind: str) -> Path:
                 "earlier": {"chunks": (min(len(pixels), 341), 3, 32, 32), "fletcher32": True},
                 "resizable": {"chunks": (7, 3, 32, 32), "maxshape": (None, 3, 32, 32)},
                 "compressed": {"chunks": (7, 3, 32, 32), "compression": "gzip"},
-                "parts": {"chunks": (7, 1, 32, 32)},
+                "parts": {"chunks": (7, 1, 32, 32)}, "headers": {},
             }[kind]  # fmt: skip
+            if kind == "headers":  # compact storage, for which h5py has no word
+                space = h5py.h5s.create_simple((20, 3, 32, 32))
+                compact = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+                compact.set_layout(h5py.h5d.COMPACT)
+                group = file.create_group(part)
+                h5py.h5d.create(group.id, b"images", h5py.h5t.NATIVE_UINT8, space, compact)
+                group["images"][...] = pixels[:20]
+                group["labels"] = getattr(data, f"{part}_labels")[:20]
+                continue
             file.create_dataset(f"{part}/images", data=pixels, **options)
             file[f"{part}/labels"] = getattr(data, f"{part}_labels")
         file.attrs["classes"] = np.array([str(k) for k in range(10)], "S")
@@ -102,7 +115,7 @@ def test_files_of_other_layouts_are_read_in_place(path, kind, tmp_path):
 )
 def test_what_cannot_be_read_in_place_is_said_and_goes_to_memory_by_itself(path, tmp_path, kind, why):
     other = layouts(path, kind)
-    with pytest.raises(Compressed, match=f"train/images are {why}.*use --data-in memory"):
+    with pytest.raises(NotInPlace, match=f"train/images are {why}.*use --data-in memory"):
         read_in_place(other)
     with pytest.raises(UserError, match=why):
         set_up(Config(data=str(other), data_in="file", out=tmp_path / "run"), Ranks())
@@ -141,7 +154,7 @@ def test_a_changed_image_is_named_when_it_is_read_and_others_are_not_touched(pat
 def test_a_changed_label_is_found_at_the_start(path, tmp_path):
     with h5py.File(path, "r+") as file:
         file["train/labels"][3] = (file["train/labels"][3] + 1) % 10
-    with pytest.raises(DataError, match="labels, checksums or names of classes are not what was written"):
+    with pytest.raises(DataError, match="attributes, labels or checksums are not what was written"):
         read_in_place(path)
     for place in ("file", "memory"):
         with pytest.raises(UserError, match="not what was written"):
@@ -153,6 +166,87 @@ def test_a_file_that_becomes_shorter_is_one_line(path):
     os.truncate(path, 500_000)
     with pytest.raises(DataError, match=re.escape(f"{path}: has become shorter while it was in use")):
         rows[:]
+
+
+def test_attributes_that_were_changed_or_are_none_are_refused(path):
+    whole = path.read_bytes()
+    for name, value in {
+        "mean": np.array([0.1, 0.2, 0.3]), "std": np.array([np.inf, 1, 1]), "fit": "crop", "source": "elsewhere",
+    }.items():  # fmt: skip
+        with h5py.File(path, "r+") as file:
+            file.attrs[name] = value
+        with pytest.raises(DataError, match="attributes, labels or checksums are not what was written"):
+            read_in_place(path)
+        path.write_bytes(whole)
+    with h5py.File(path, "r+") as file:
+        del file["train/crc32"], file.attrs["index_sha256"]
+        file["train/crc32"] = np.zeros(7, np.uint32)
+    with pytest.raises(DataError, match=r"train/crc32 must be uint32 \(400,\), got uint32 \(7,\)"):
+        read_in_place(path)
+
+
+def test_more_than_fits_into_memory_is_read_in_place_and_refused_elsewhere(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("cnnmpi.data.hdf5.LARGEST", 100_000)
+    np.testing.assert_array_equal(read_in_place(path).train_images[:2], images().train_images[:2])
+    with pytest.raises(DataError, match="more than 100000 bytes: too many for memory"):
+        read_hdf5(path)
+    monkeypatch.setattr("cnnmpi.train.inputs.available_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"stored compressed: .*too many for the memory of this host"):
+        set_up(Config(data=str(layouts(path, "compressed")), out=tmp_path / "run"), Ranks())
+    with pytest.raises(UserError, match="--data-in file needs a data file"):
+        set_up(Config(data="synthetic", data_in="file", out=tmp_path / "run"), Ranks())
+
+
+def test_a_compressed_file_is_unpacked_to_be_checked_only_once(path, tmp_path, monkeypatch):
+    unpacked = []
+    monkeypatch.setattr("cnnmpi.data.hdf5.inflates_to", lambda packed, size: unpacked.append(packed) or True)
+    set_up(Config(data=str(layouts(path, "compressed")), out=tmp_path / "run"), Ranks())
+    assert len(unpacked) == -(-400 // 7) + -(-30 // 7)
+
+
+def test_a_copy_reads_after_the_original_is_gone_and_rows_are_numbers_of_rows(path):
+    rows = read_in_place(path).train_images
+    other = copy.deepcopy(rows)
+    del rows
+    np.testing.assert_array_equal(other[:2], images().train_images[:2])
+    for index in (np.ones(400, bool), np.array([400]), np.array([-1])):
+        with pytest.raises(IndexError, match=r"rows are whole numbers in 0\.\.399"):
+            other[index]
+
+
+def test_a_step_finds_its_images_read_and_each_is_read_once(path, tmp_path, monkeypatch):
+    asked, waited, take = [], [], InFile.__getitem__
+
+    def counted(self, index):
+        asked.append(len(index))
+        if threading.current_thread() is threading.main_thread():
+            waited.append(len(index))
+        return take(self, index)
+
+    options = {"batch_size": 100, "epochs": 2, "threads": 1, "shards": 2, "out": tmp_path / "run"}
+    run = set_up(Config(data=str(path), data_in="file", **options), Ranks())
+    monkeypatch.setattr(InFile, "__getitem__", counted)
+    for _ in range(8):
+        run.train_step()
+    assert sum(asked) == 800, "two epochs of 400 images"
+    assert sum(waited) == 100, "the first step has nobody who could have read before"
+    assert not run.loader._ahead
+
+
+def test_threads_that_read_end_with_their_loader(path):
+    rows = read_in_place(path)
+    loader = DataLoader(rows.train_images, rows.train_labels, 40)
+    loader.prepare(0, [None])
+    loader.batch(0)
+    mine = [thread for thread in threading.enumerate() if thread.name.startswith("cnnmpi-read")]
+    assert mine and all(thread.daemon for thread in mine), "a disk that hangs does not hold up the process's end"
+    count = len(mine)
+    del loader
+    gc.collect()
+    for thread in mine[-4:]:
+        thread.join(60)
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("cnnmpi-read")]
+    assert len(left) <= count - 4
 
 
 def test_a_read_that_gives_less_than_was_asked_for_is_continued(path, monkeypatch):
@@ -251,5 +345,9 @@ def test_validation_images_judge_and_evaluate_finds_them_again(path, tmp_path, c
     assert plain.run() == 0
     assert evaluate([str(tmp_path / "plain" / "last.h5"), "--data", str(path), "--split", "val"]) == 2
     assert "held no images out" in capsys.readouterr().err
+    write_hdf5(tmp_path / "b.h5", Dataset.of([*dataclasses.astuple(images(train=200))[:4]]))
+    assert evaluate([checkpoint, "--data", str(tmp_path / "b.h5"), "--split", "val"]) == 2
+    assert "held images out of other data than" in capsys.readouterr().err
+    assert evaluate([checkpoint, "--data", str(tmp_path / "b.h5")]) == 0
     with pytest.raises(UserError, match="leaves none to train on, or to validate"):
         set_up(Config(data=str(path), validation=0.001, out=tmp_path / "none"), Ranks())

@@ -13,7 +13,7 @@ from cnnmpi.data.augment import (
 )
 from cnnmpi.data.dataset import DataError, Dataset, statistics
 from cnnmpi.data.find import find_data, load_cifar10
-from cnnmpi.data.hdf5 import Compressed, read_hdf5, read_in_place, recorded_digest
+from cnnmpi.data.hdf5 import NotInPlace, declared_size, read_hdf5, read_in_place, recorded_digest
 from cnnmpi.data.loader import DataLoader
 from cnnmpi.data.rows import Selected, held_out
 from cnnmpi.data.sources.archive import read_archive
@@ -22,15 +22,16 @@ from cnnmpi.data.transforms import Draw
 from cnnmpi.data.writer import write_hdf5
 
 __all__ = [
-    "Compressed",
     "DataError",
     "DataLoader",
     "Dataset",
     "Draw",
+    "NotInPlace",
     "Selected",
     "color_jitter",
     "cutmix",
     "cutout",
+    "declared_size",
     "find_data",
     "held_out",
     "load_cifar10",

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from cnnmpi.console import command, complain, is_terminal, printable
 from cnnmpi.data.dataset import DataError
-from cnnmpi.data.find import file_name
+from cnnmpi.data.find import archive_name, check_free, file_name
 from cnnmpi.data.images import Fit
 from cnnmpi.data.inspect import describe, make_sheet, verify
 from cnnmpi.data.sources.archive import read_archive
@@ -165,28 +165,29 @@ def convert(wanted: Conversion) -> str:
         pictures = find_pictures(wanted.folder, wanted.labels, wanted.test, wanted.seed)
         with listing(pictures), progress(len(pictures)) as advance:
             source = pictures.source(height, width, wanted.fit, wanted.channels, strict=wanted.strict, advance=advance)
-            return save(wanted.out or default_out(wanted.folder), source)
+            return save(wanted.out, file_name(wanted.folder), source)
     if isinstance(wanted, Arrays):
-        return save(wanted.out or default_out(wanted.file), read_arrays(wanted.file, wanted.test, wanted.seed))
+        return save(wanted.out, file_name(wanted.file), read_arrays(wanted.file, wanted.test, wanted.seed))
     if isinstance(wanted, Idx):
-        return save(wanted.out or default_out(wanted.folder), read_idx(wanted.folder))
+        return save(wanted.out, file_name(wanted.folder), read_idx(wanted.folder))
     dataset = read_archive(wanted.archive)
-    return save(wanted.out or Path("data") / file_name(dataset), source_of(dataset))
+    return save(wanted.out, archive_name(dataset), source_of(dataset))
 
 
-def save(out: Path, source: Source) -> str:
-    """Write ``source`` to ``out``; return a line that says what it holds."""
+def save(out: Path | None, name: str, source: Source) -> str:
+    """Write ``source`` to ``out`` or, if none is named, to data/``name``; return a line that says what it holds.
+
+    Raises DataError where data/``name`` was made from something else.
+    """
+    if out is None:
+        out = Path("data") / name
+        check_free(out, source.title)
     written = write(out, source)
     digest = f"sha256 {source.sha256}" if source.sha256 else f"data_sha256 {written.data_sha256}"
     return (
         f"{printable(out)}: {printable(source.title)}, {written.train} train and {written.test} test images, "
         f"{len(source.classes)} classes, {digest}"
     )
-
-
-def default_out(path: Path) -> Path:
-    """Return the data file that is made from ``path``, unless another is named."""
-    return Path("data") / f"{path.resolve().name.removesuffix('.npz')}.h5"
 
 
 def parse_size(text: str) -> tuple[int, int]:

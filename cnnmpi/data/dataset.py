@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,8 @@ class Dataset:
         targets = [y.astype(np.float32 if y.dtype.kind == "f" else np.int64) for y in (y_train, y_test)]
         floats = targets[0].ndim == 2
         count = targets[0].shape[1] if floats else 1 + int(max((y.max() for y in targets if y.size), default=0))
-        if not floats and count > max(1000, len(y_train) + len(y_test)):
-            raise DataError(f"{source}: a label of {count - 1}, with fewer images: number the classes from 0")
+        if not floats:
+            check_count(source, count, len(y_train) + len(y_test))
         dataset = cls(images[0], targets[0], images[1], targets[1], tuple(map(str, range(max(count, 1)))), source)
         dataset.check(source)
         return dataset
@@ -121,17 +121,15 @@ def content_digest(classes: Sequence[str], parts: Sequence[tuple[Any, Array]]) -
     return sha.hexdigest()
 
 
-def index_digest(
-    classes: Sequence[str], data_sha256: str, parts: Sequence[tuple[tuple[int, ...], Array, Array]]
-) -> str:
+def index_digest(described: Mapping[str, Any], parts: Sequence[tuple[tuple[int, ...], Array, Array]]) -> str:
     """Return the sha256 that vouches for all that a data file says besides its pixels.
 
+    ``described`` are its attributes: classes, source, sha256, fit ("" if there is none), data_sha256, mean and std.
     ``parts`` are, for training and for testing, the shape of the images (N, C, H, W), the labels, and the CRC-32 of
-    each image's bytes as uint32 (N,): who has checked this digest can check any image by itself. ``data_sha256`` is
-    what ``Dataset.digest`` says of the content.
+    each image's bytes as uint32 (N,): who has checked this digest can check any image by itself.
     """
-    shapes = [list(shape) for shape, _, _ in parts]
-    sha = hashlib.sha256(json.dumps([list(classes), data_sha256, *shapes]).encode())
+    facts = [described[name] for name in ("classes", "source", "sha256", "fit", "data_sha256", "mean", "std")]
+    sha = hashlib.sha256(json.dumps([*facts, *(shape for shape, _, _ in parts)]).encode())
     for _, labels, crc32 in parts:
         sha.update(little_endian(labels).data)
         sha.update(np.ascontiguousarray(crc32, "<u4").data)
@@ -198,6 +196,12 @@ def check_declared(name: str, images: Any, labels: Any, classes: int) -> None:
             f"{name} images must be (N, C, H, W), but {images.shape} looks like (N, H, W, C): transpose them by "
             "images.transpose(0, 3, 1, 2)"
         )
+
+
+def check_count(name: str, classes: int, images: int) -> None:
+    """Raise DataError for many more ``classes`` than images, which labels that are no numbers of classes suggest."""
+    if classes > max(1000, images):
+        raise DataError(f"{name}: a label of {classes - 1}, with fewer images: number the classes from 0")
 
 
 def check_labels(name: str, labels: Array, classes: int) -> None:

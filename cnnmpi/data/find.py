@@ -96,9 +96,7 @@ def _from_path(path: Path, folder: Path, notify: Callable[[str], None]) -> Path:
         return path  # if it is called HDF5 without being so, its reader says what is wrong
     if path.is_dir() and not holds_idx(path) and not holds_archive(path):
         raise DataError(f"{path}: a folder of images? python -m cnnmpi.data images {path} makes a data file of it")
-    name = path.resolve().name
-    stem = next((name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name)
-    target = folder / f"{stem}.h5"
+    target = folder / file_name(path)
     if target.exists():
         recorded = read_descriptions(target)[2]
         if not recorded:
@@ -118,9 +116,27 @@ def _local_archive(folder: Path) -> Path | None:
     return next((present[name] for name in LOCAL if name in present), None)
 
 
-def file_name(dataset: Dataset) -> str:
-    """Return what a converted archive is called."""
+def file_name(path: Path) -> str:
+    """Return what the data file is called that is made from ``path``."""
+    name = path.resolve().name
+    return next((name[: -len(suffix)] for suffix in SUFFIXES if name.lower().endswith(suffix)), name) + ".h5"
+
+
+def archive_name(dataset: Dataset) -> str:
+    """Return what a converted CIFAR archive is called."""
     return CIFAR100 if "CIFAR-100" in dataset.source else CIFAR10
+
+
+def check_free(target: Path, title: str) -> None:
+    """Raise DataError if a data file was made from another source than the one of this title: it would be lost.
+
+    All archives of CIFAR are one source: their versions hold the same images.
+    """
+    if not target.exists():
+        return
+    other = read_descriptions(target)[1]
+    if other != title and not all(text.startswith("CIFAR-") for text in (other, title)):
+        raise DataError(f"{target}: in the way: it was made from {other}, not from {title}; move it, or name another")
 
 
 def _check_cifar10(path: Path, classes: int) -> None:
@@ -133,6 +149,7 @@ def _check_cifar10(path: Path, classes: int) -> None:
 def _convert(archive: Path, target: Path, notify: Callable[[str], None]) -> Path:
     notify(f"converting {archive} to {target}")
     source = _source(archive)
+    check_free(target, source.title)
     if target.name == CIFAR10:
         _check_cifar10(archive, len(source.classes))
     write(target, source)

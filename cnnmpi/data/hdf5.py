@@ -23,8 +23,10 @@ import numpy as np
 
 from cnnmpi.common import hdf5
 from cnnmpi.common.arrays import Array, nchw
+from cnnmpi.common.files import open_regular
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import (
+    SMALLEST_STD,
     DataError,
     Dataset,
     Recorded,
@@ -43,6 +45,7 @@ LARGEST_CHUNK = 1 << 30
 LARGEST_RATIO = 2000  # of declared to stored bytes, where a filter compresses; deflate reaches 1032
 DEFLATE, SHUFFLE, FLETCHER32, LZF = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, 32000
 FILTERS = ((SHUFFLE, DEFLATE, FLETCHER32), (SHUFFLE, LZF, FLETCHER32))  # in one of these orders, each at most once
+ELSEWHERE = "cannot be read in place: use --data-in memory, or write the file again by python -m cnnmpi.data"
 Empty = Callable[[tuple[int, ...], Any], Array]
 
 
@@ -59,13 +62,7 @@ class Opened:
 
     def text(self, name: str) -> str:
         """Return a root attribute that is a text; "" where it is missing. Raises DataError for any other."""
-        try:
-            value = self.reader.attribute(name)
-        except ValueError as error:
-            raise DataError(f"{self.path}: refused: {error}") from None
-        if not isinstance(value, str | None):
-            raise DataError(f"{self.path}: the attribute {name} must be a text")
-        return value or ""
+        return _text(self.path, self.reader, name)
 
     def numbers(self, name: str) -> list[float] | None:
         """Return a root attribute that is a list of numbers; None where it is missing or something else."""
@@ -81,10 +78,17 @@ class Opened:
         if not group.id.links.exists(b"crc32"):
             return None
         stored = _open(self.path, self.reader, f"{part}/crc32")
-        if stored.dtype != np.uint32 or len(stored.shape) != 1:
-            raise DataError(f"{self.path}: {part}/crc32 must be uint32 (N,), got {stored.dtype} {stored.shape}")
+        count = next(len(images) for name, images, _ in self.parts if name == part)
+        if stored.dtype != np.uint32 or stored.shape != (count,):
+            raise DataError(f"{self.path}: {part}/crc32 must be uint32 ({count},), got {stored.dtype} {stored.shape}")
         values: Array = stored[()]
         return values
+
+    def described(self) -> dict[str, Any]:
+        """Return what ``index_digest`` takes of the attributes. Raises DataError for any of a wrong type."""
+        texts = {name: self.text(name) for name in ("fit", "data_sha256")}
+        numbers = {name: self.numbers(name) for name in ("mean", "std")}
+        return {"classes": self.classes, "source": self.source, "sha256": self.sha256, **texts, **numbers}
 
 
 def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty = np.empty) -> Dataset:
@@ -98,6 +102,9 @@ def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty 
     """
     with opened(path) as file:
         arrays: list[Array] = []
+        for name, images, _ in file.parts:
+            if math.prod(images.shape) > LARGEST:
+                raise DataError(f"{path}: {name}/images are more than {LARGEST} bytes: too many for memory")
         for name, images, labels in file.parts:
             arrays.append(_read_images(images, part, empty))
             arrays.append(_read_labels(f"{path}: {name}", labels, part, empty, len(file.classes)))
@@ -109,36 +116,45 @@ def read_hdf5(path: str | Path, *, part: tuple[int, int] = (0, 1), empty: Empty 
 def read_in_place(path: str | Path) -> Dataset:
     """Return the data set of a file whose images are left there, to be read when they are asked for (``InFile``).
 
-    Labels are read, and compared with what is recorded. Raises DataError as read_hdf5 does, and Compressed for images
+    Labels are read, and compared with what is recorded. Raises DataError as read_hdf5 does, and NotInPlace for images
     that cannot be read where they lie.
     """
-    with opened(path) as file:
+    with opened(path, in_place=True) as file:
         (train, y_train), (test, y_test) = (_in_place(file, *part) for part in file.parts)
         dataset = Dataset(train, y_train, test, y_test, file.classes, file.source, file.sha256, file.text("fit"))
         recorded = _recorded(file, [(images.shape, labels) for images, labels in ((train, y_train), (test, y_test))])
         return dataclasses.replace(dataset, recorded=recorded)
 
 
+def declared_size(path: str | Path) -> int:
+    """Return how many bytes the images of a data file take in memory, as it declares them. Raises DataError."""
+    with _opened(Path(path)) as reader:
+        return sum(math.prod(_find(Path(path), reader, f"{name}/images").shape) for name in ("train", "test"))
+
+
 def recorded_digest(path: str | Path) -> str:
     """Return the digest of the content that a file was written with; "" where it says none. Raises DataError."""
-    with opened(path) as file:
-        return file.text("data_sha256")
+    with _opened(Path(path)) as reader:
+        return _text(Path(path), reader, "data_sha256")
 
 
-class Compressed(DataError):  # noqa: N818 - it says what the data are
+def _text(path: Path, reader: hdf5.Reader, name: str) -> str:
+    try:
+        value = reader.attribute(name, heap=True)
+    except ValueError as error:
+        raise DataError(f"{path}: refused: {error}") from None
+    if not isinstance(value, str | None):
+        raise DataError(f"{path}: the attribute {name} must be a text")
+    return value or ""
+
+
+class NotInPlace(DataError):  # noqa: N818 - it says what the data are
     """Images that cannot be read where they lie in their file."""
 
 
 def _in_place(file: Opened, name: str, images: h5py.Dataset, labels: h5py.Dataset) -> tuple[InFile, Array]:
     """Return the images of a part, which stay in the file, and its labels."""
-    plist, chunks = images.id.get_create_plist(), images.chunks or images.shape
-    filters = {plist.get_filter(i)[0] for i in range(plist.get_nfilters())}
-    if filters - {FLETCHER32} or chunks[1:] != images.shape[1:]:
-        why = "compressed" if filters - {FLETCHER32} else "in chunks of parts of images"
-        raise Compressed(
-            f"{file.path}: {name}/images are stored {why}, and cannot be read in place: use --data-in memory, or write "
-            "the file again by python -m cnnmpi.data"
-        )
+    chunks = images.chunks or images.shape
     if images.chunks:
         starts = np.zeros(-(-len(images) // chunks[0]), np.int64)
 
@@ -152,7 +168,7 @@ def _in_place(file: Opened, name: str, images: h5py.Dataset, labels: h5py.Datase
     rows = InFile(file.path, images.shape, starts, chunks[0], crc32)
     for row in (0, len(images) - 1) if crc32 is None else ():  # that the file is laid out as was thought
         if not np.array_equal(rows[row : row + 1][0], images[row]):
-            raise Compressed(f"{file.path}: {name}/images cannot be read in place: use --data-in memory")
+            raise NotInPlace(f"{file.path}: {name}/images {ELSEWHERE}")
     return rows, _read_labels(f"{file.path}: {name}", labels, (0, 1), np.empty, len(file.classes))
 
 
@@ -161,32 +177,34 @@ def _recorded(file: Opened, parts: list[tuple[tuple[int, ...], Array]]) -> Recor
 
     Raises DataError where labels, names or checksums are not what was recorded with it.
     """
-    data_sha256, index_sha256 = file.text("data_sha256"), file.text("index_sha256")
-    mean, std, channels = file.numbers("mean"), file.numbers("std"), parts[0][0][1]
+    index_sha256, described, channels = file.text("index_sha256"), file.described(), parts[0][0][1]
     crc32 = [file.crc32(name) for name, _, _ in file.parts]
-    if not (data_sha256 and index_sha256 and mean and std) or any(sums is None for sums in crc32):
+    if not (index_sha256 and described["data_sha256"]) or any(sums is None for sums in crc32):
         return None
     indexed = [(shape, labels, sums) for (shape, labels), sums in zip(parts, crc32, strict=True) if sums is not None]
-    wrong = len(mean) != channels or len(std) != channels or not all(value > 0 for value in std)
-    if wrong or index_digest(file.classes, data_sha256, indexed) != index_sha256:
+    mean, std = described["mean"] or [], described["std"] or []
+    right = len(mean) == len(std) == channels and np.isfinite([*mean, *std]).all() and min(std) >= SMALLEST_STD
+    if not right or index_digest(described, indexed) != index_sha256:
         raise DataError(
-            f"{file.path}: labels, checksums or names of classes are not what was written: python -m cnnmpi.data verify"
+            f"{file.path}: attributes, labels or checksums are not what was written: python -m cnnmpi.data verify"
         )
-    return Recorded(data_sha256, tuple(mean), tuple(std))
+    return Recorded(described["data_sha256"], tuple(mean), tuple(std))
 
 
 @contextlib.contextmanager
-def opened(path: str | Path) -> Iterator[Opened]:
+def opened(path: str | Path, in_place: bool = False) -> Iterator[Opened]:
     """Open a data file: everything is checked that can be before anything is allocated.
 
-    Raises DataError, naming file and dataset; what reading raises within the ``with`` becomes one, too.
+    Raises DataError, naming file and dataset; what reading raises within the ``with`` becomes one, too. With
+    ``in_place``, NotInPlace for images that cannot be read where they lie: before their bytes are looked at.
     """
     path = Path(path)
     with _opened(path) as reader:
         classes, source, sha256 = _descriptions(path, reader)
         parts = []
         for name in ("train", "test"):
-            images, labels = _open(path, reader, f"{name}/images"), _open(path, reader, f"{name}/labels")
+            images = _open(path, reader, f"{name}/images", in_place, math.inf)
+            labels = _open(path, reader, f"{name}/labels")
             check_declared(f"{path}: {name}", images, labels, len(classes))
             parts.append((name, images, labels))
         check_alike(str(path), parts)
@@ -231,7 +249,7 @@ def _read_labels(name: str, labels: h5py.Dataset, part: tuple[int, int], empty: 
 def _opened(path: Path) -> Iterator[hdf5.Reader]:
     """Open for reading; whatever HDF5 raises, then or later, becomes a DataError."""
     try:
-        with path.open("rb", buffering=0) as raw:
+        with open_regular(path) as raw:
             read, size = _reading(raw), os.fstat(raw.fileno()).st_size
             if _written_here(path):
                 raise DataError(f"{path}: is open for writing elsewhere in this program: close it first")
@@ -263,8 +281,8 @@ def _written_here(path: Path) -> bool:
     return False
 
 
-def _open(path: Path, reader: hdf5.Reader, name: str) -> h5py.Dataset:
-    """Open a dataset by way of hard links only, with all its bytes in this very file."""
+def _find(path: Path, reader: hdf5.Reader, name: str) -> h5py.Dataset:
+    """Return a dataset that hard links of this very file lead to."""
     node: Any = reader.root
     for component in name.split("/"):
         if not isinstance(node, h5py.Group) or not node.id.links.exists(component.encode()):
@@ -277,11 +295,29 @@ def _open(path: Path, reader: hdf5.Reader, name: str) -> h5py.Dataset:
         raise DataError(f"{path}: {name} is not a dataset")
     if node.shape is None:
         raise DataError(f"{path}: {name} is empty")
-    _check_size(f"{path}: refused: {name}", node, reader.size)
     return node
 
 
-def _check_size(name: str, node: h5py.Dataset, file_size: int) -> None:
+def _open(path: Path, reader: hdf5.Reader, name: str, in_place: bool = False, largest: float = LARGEST) -> h5py.Dataset:
+    """Open a dataset by way of hard links only, with all its bytes, at most ``largest``, in this very file."""
+    node = _find(path, reader, name)
+    if in_place and (why := _not_in_place(node)):
+        raise NotInPlace(f"{path}: {name} are stored {why}: they {ELSEWHERE}")
+    _check_size(f"{path}: refused: {name}", node, reader.size, largest)
+    return node
+
+
+def _not_in_place(images: h5py.Dataset) -> str:
+    """Return how images are stored that cannot be read where they lie; "" of others."""
+    properties = images.id.get_create_plist()
+    if {properties.get_filter(i)[0] for i in range(properties.get_nfilters())} - {FLETCHER32}:
+        return "compressed"
+    if images.chunks and images.chunks[1:] != images.shape[1:]:
+        return "in chunks of parts of images"
+    return "among the file's headers" if not images.chunks and images.id.get_offset() is None else ""
+
+
+def _check_size(name: str, node: h5py.Dataset, file_size: int, largest: float) -> None:
     """Raise DataError if more is declared than is stored, or than anyone would want to allocate."""
     properties = node.id.get_create_plist()
     filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
@@ -291,7 +327,7 @@ def _check_size(name: str, node: h5py.Dataset, file_size: int) -> None:
     declared, stored = math.prod(node.shape) * node.dtype.itemsize, node.id.get_storage_size()
     if stored > file_size:
         raise DataError(f"{name} claims {stored} stored bytes in a file of {file_size}")
-    if declared > min(LARGEST, stored * (LARGEST_RATIO if compressed else 1)):
+    if declared > min(largest, stored * (LARGEST_RATIO if compressed else 1)):
         raise DataError(f"{name} declares {declared} bytes but stores {stored}")
     if node.chunks:
         _check_chunks(name, node, filters)
@@ -369,5 +405,5 @@ def _descriptions(path: Path, reader: hdf5.Reader) -> tuple[tuple[str, ...], str
 def reason(error: Exception) -> str:
     """Return the system's reason if there is one, else HDF5's, on one line."""
     if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
+        return str(error.strerror) if error.filename else os.strerror(error.errno)  # of HDF5, whose words are longer
     return " ".join(str(error).split()) or type(error).__name__

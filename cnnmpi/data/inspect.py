@@ -12,10 +12,8 @@ from cnnmpi.common.text import printable
 from cnnmpi.console import table
 from cnnmpi.data.dataset import (
     DataError,
-    blocks,
     check_labels,
     content_digest,
-    images_per_block,
     index_digest,
     level_counts,
     mean_and_std,
@@ -35,7 +33,7 @@ def describe(path: Path) -> str:
         (_, images, _), (_, test_images, _) = file.parts
         mean, std = file.numbers("mean"), file.numbers("std")
         if mean is None or std is None:  # of a file that records none
-            mean, std = map(list, mean_and_std(_level_counts(images)))
+            mean, std = map(list, mean_and_std(level_counts(images)))
         N, C, H, W = images.shape
         facts = {
             "source": file.source,
@@ -65,15 +63,13 @@ def verify(path: Path) -> tuple[str, bool]:
         parts, indexed = [], []
         for name, images, stored in file.parts:
             labels, crc32 = _labels(file, name, stored), file.crc32(name)
-            if crc32 is not None and len(crc32) != len(labels):
-                raise DataError(f"{path}: {name}/crc32 are {len(crc32)}, but there are {len(labels)} images")
             parts.append((_Watched(f"{path}: {name}", images, crc32), labels))
             indexed.append((images.shape, labels, np.zeros(0, np.uint32) if crc32 is None else crc32))
         digest = content_digest(file.classes, parts)
         for images, _ in parts:
             images.complain()
-        if recorded["index_sha256"] not in ("", index_digest(file.classes, recorded["data_sha256"], indexed)):
-            raise DataError(f"{path}: labels, checksums or names of classes are not what was written (index_sha256)")
+        if recorded["index_sha256"] not in ("", index_digest(file.described(), indexed)):
+            raise DataError(f"{path}: attributes, labels or checksums are not what was written (index_sha256)")
         if recorded["data_sha256"] not in ("", digest):
             raise DataError(f"{path}: its content gives {digest}, not what was written (data_sha256)")
         statistics = mean_and_std(parts[0][0].counts)
@@ -146,13 +142,6 @@ def _tile(image: Array) -> Image.Image:
     """Return an image (C, H, W) as it stands in a sheet; of other numbers of channels than 3, the first one in gray."""
     shown = image if len(image) == 3 else image[:1].repeat(3, axis=0)
     return Image.fromarray(fit(np.ascontiguousarray(shown.transpose(1, 2, 0)), TILE, TILE, "pad"))
-
-
-def _level_counts(images: h5py.Dataset) -> Array:
-    counts = np.zeros((images.shape[1], 256), np.int64)
-    for block in blocks(0, len(images), images_per_block(images.shape)):
-        counts += level_counts(images[block])
-    return counts
 
 
 def _labels(file: Opened, name: str, stored: h5py.Dataset) -> Array:

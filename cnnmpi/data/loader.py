@@ -1,7 +1,7 @@
 """Batches of a data set, cut into shards: every batch is a pure function of (data, seed, step, shard)."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from cnnmpi.common.arrays import Array
 from cnnmpi.data.augment import normalize, to_unit
 from cnnmpi.data.dataset import part_of
-from cnnmpi.data.rows import as_rows, reads
+from cnnmpi.data.rows import Readers, as_rows, reads
 from cnnmpi.data.transforms import Augment, Draw, Tables, check_sizes, entries
 from cnnmpi.sizes import whole
 
@@ -81,7 +81,7 @@ class DataLoader:
         self.labels = y
         self._x = as_rows(x)  # of a channels-last x, a view: memory shared by processes stays shared
         self._ahead: dict[tuple[int, int | None], tuple[Part, Future[Array]]] = {}  # what prepare() has begun to read
-        self._readers = ThreadPoolExecutor(READERS, "cnnmpi-read") if reads(self._x) else None
+        self._readers = Readers(READERS) if reads(self._x) else None
         self._next_epoch = 0
         self._tables = Tables(seed)
         self._finish(x[:1])  # raises here rather than in the first batch

@@ -7,9 +7,12 @@ Each stands in the place of an array of images (N, C, H, W): it has a shape, a d
 import itertools
 import math
 import os
+import queue
+import threading
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +68,16 @@ class InFile:
         if hasattr(os, "posix_fadvise"):  # the order is random: to read more than is asked for would be in vain
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return InFile, (self.path, self.shape, self._starts, self._together, self._crc32)  # a copy opens it again
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Array:
         rows = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        if rows.size and (rows.dtype.kind not in "iu" or not 0 <= rows.min() <= rows.max() < len(self)):
+            raise IndexError(f"{self.path}: rows are whole numbers in 0..{len(self) - 1}, got {rows!r:.60}")
         _, C, H, W = self.shape
         planes = np.empty((len(rows), self._size), np.uint8)
         at = self._starts[rows // self._together] + rows % self._together * self._size
@@ -126,6 +134,34 @@ Rows = InMemory | InFile | Selected
 def as_rows(images: Any) -> Rows:
     """Return ``images`` as something of which rows can be taken."""
     return images if isinstance(images, Rows) else InMemory(images)
+
+
+class Readers:
+    """Threads that call what they are given: daemons, since a disk that never answers must not hold up the end."""
+
+    def __init__(self, count: int) -> None:
+        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for number in range(count):
+            name = f"cnnmpi-read-{number}"
+            threading.Thread(target=_call, args=(self._tasks,), name=name, daemon=True).start()
+            weakref.finalize(self, self._tasks.put, None)  # ends one of them
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Return what will have the result of ``function(*arguments)``."""
+        future: Future[Any] = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+
+def _call(tasks: "queue.SimpleQueue[Any]") -> None:
+    while task := tasks.get():
+        future, function, arguments = task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # for whoever asks for the result
+                future.set_exception(error)
+        del task, future, function, arguments  # nothing is held while the thread waits
 
 
 def reads(images: Rows) -> bool:

@@ -4,6 +4,7 @@ What a file is made of is a ``Source``; ``write`` takes its pieces as they come,
 The layout, and what is recorded for readers that trust nobody, is described in docs/checkpoint-format.md.
 """
 
+import array
 import io
 import math
 import zlib
@@ -33,6 +34,7 @@ from cnnmpi.data.dataset import (
 from cnnmpi.data.hdf5 import reason
 
 PARTS = ("train", "test")
+MOST_PIECES = 1000
 CHUNK = 1 << 20  # bytes of the images that HDF5 reads, and checks, together
 
 Piece = tuple[str, Array, Array]
@@ -95,7 +97,7 @@ def write(path: str | Path, source: Source) -> Written:
                             file.attrs[name] = value
                         else:
                             file[name] = value  # the names of many classes
-                    writer = Writer(path, file, source.classes)
+                    writer = Writer(path, file, source)
                     for piece in pieces:
                         writer.add(*piece)
                         disk.check()
@@ -154,8 +156,8 @@ class _Disk(io.FileIO):
 class Writer:
     """Puts pieces into an open HDF5 ``file``, which errors call ``path``; ``finish`` adds what is known at the end."""
 
-    def __init__(self, path: Path, file: h5py.File, classes: tuple[str, ...]) -> None:
-        self._path, self._file, self._classes = path, file, classes
+    def __init__(self, path: Path, file: h5py.File, source: Source) -> None:
+        self._path, self._file, self._source, self._classes = path, file, source, source.classes
         self._parts = {name: _Part(file, name) for name in PARTS}
 
     def add(self, part: str, images: Array, labels: Array) -> None:
@@ -185,9 +187,12 @@ class Writer:
         data_sha256 = content_digest(self._classes, [(images, labels) for _, images, labels in parts])
         indexed = [(part.images.shape, part.labels, part.crc32) for part in self._parts.values()]
         mean, std = mean_and_std(self._parts["train"].counts)
+        texts = {"fit": "", **_descriptions(self._source), "data_sha256": data_sha256}
+        as_read = {name: hdf5.to_python(hdf5.texts(text)) for name, text in texts.items()}
+        described = {**as_read, "classes": list(self._classes), "mean": mean, "std": std}
         attributes = self._file.attrs
         attributes["data_sha256"] = hdf5.texts(data_sha256)
-        attributes["index_sha256"] = hdf5.texts(index_digest(self._classes, data_sha256, indexed))
+        attributes["index_sha256"] = hdf5.texts(index_digest(described, indexed))
         attributes["mean"], attributes["std"] = np.array(mean), np.array(std)
         train, test = (len(part.labels) for part in self._parts.values())
         return Written(train, test, data_sha256)
@@ -204,7 +209,7 @@ class _Part:
         self.size: tuple[int, ...] | None = None  # (C, H, W)
         self.counts = np.zeros((0, 256), np.int64)  # of levels, for each channel
         self._labels: list[Array] = []
-        self._crc32: list[int] = []
+        self._crc32 = array.array("I")
         self.labels, self.crc32 = np.zeros(0, np.int64), np.zeros(0, np.uint32)  # of all images, when it is finished
 
     def add(self, images: Array, labels: Array) -> None:
@@ -212,6 +217,8 @@ class _Part:
             self.size = images.shape[1:]
             self.counts = np.zeros((self.size[0], 256), np.int64)
         self._labels.append(np.array(labels, np.float32 if labels.dtype.kind == "f" else np.int64))
+        if len(self._labels) > MOST_PIECES:  # an array takes more than the few labels of a piece
+            self._labels = [np.concatenate(self._labels)]
         chunk = max(1, CHUNK // math.prod(self.size))
         for block in blocks(0, len(images), chunk):
             pixels = np.array(images[block], order="C")  # a copy: whoever gave them may use the memory again

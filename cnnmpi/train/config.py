@@ -85,7 +85,7 @@ class Experiment:
     reduction: Literal["exact", "float32"] | None = None
     """Sum of the gradients: the same bits for any number of ranks, or half the bytes."""
     data: str | None = None
-    """auto, cifar10, synthetic, an HDF5 file, or a CIFAR archive; a resumed run compares the content, not the name."""
+    """auto, cifar10, synthetic, an HDF5 file, or what becomes one: a CIFAR archive, an .npz file, MNIST's folder."""
     validation: float | None = None
     """Part of the training images, 0..1, that is held out: what best.h5 is chosen by, instead of the test images."""
     on_nan: Literal["stop", "skip"] | None = None

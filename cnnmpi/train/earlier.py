@@ -17,10 +17,12 @@ def with_augment(content: dict[str, Any], source: str) -> dict[str, Any]:
 
     They were applied in that order, and a person's own augmentation before cutout. Those that are missing had their
     usual values: a flip, the crop of the network's recipe, no cutout. Raises UserError, beginning with ``source``, for
-    a flip that is neither true nor false.
+    a flip that is neither true nor false, and where neither the crop nor the network is said.
     """
     if not set(BEFORE) & content.keys():
         return content
+    if not {"crop", "model"} & content.keys():  # the crop was the network's, and that is not known here
+        raise UserError(f"{source}: {NOW}")
     flip, cutout, own = content.get("flip", True), content.get("cutout", 0), content.get("augment")
     crop = content.get("crop", CROPS.get(str(content.get("model")), CROP))
     if not isinstance(flip, bool):
@@ -47,5 +49,5 @@ def check_flags(args: Sequence[str]) -> None:
         elif name in ("--crop", "--cutout", "--model"):
             content[name.removeprefix("--")] = "N" if value.startswith("--") else value
     if old := [f"--{name}" for name in BEFORE if name in content]:
-        text = with_augment(content, "")["augment"]
+        text = with_augment({"model": None, **content}, "")["augment"]
         raise UserError(f"{', '.join(old)}: augmentation is one setting now: write --augment {text}")

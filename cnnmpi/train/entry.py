@@ -14,7 +14,7 @@ from cnnmpi import console
 from cnnmpi.data import Dataset
 from cnnmpi.distributed import Ranks, UserError, failing_together, start
 from cnnmpi.models import Model
-from cnnmpi.train.code import Code, importing
+from cnnmpi.train.code import OURS, Code, importing
 from cnnmpi.train.config import Config, named, parse
 from cnnmpi.train.earlier import BEFORE, NOW
 from cnnmpi.train.errors import as_user_errors
@@ -172,7 +172,8 @@ def _run(
         if data is not None and command == MODULE:
             run.how_to_resume = f'call fit() as before, with out="{run.out}" and resume="auto"'
         else:
-            own = f" --model {run.config.model}" if command == MODULE and ":" in (run.config.model or "") else ""
+            named_code = {name: getattr(run.config, name) or "" for name in OURS} if command == MODULE else {}
+            own = "".join(f" --{name} {text}" for name, text in named_code.items() if ":" in text)
             run.how_to_resume = f"{command}{own} --resume --out {run.out}"
         if threading.current_thread() is threading.main_thread():
             signals.heed()  # until here a signal has ended the process: nothing could be lost

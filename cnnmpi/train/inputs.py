@@ -1,16 +1,17 @@
 """What a run learns from: the data set, the part of it that is held out, and the batches of the rest."""
 
-import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cnnmpi.common.arrays import Array
 from cnnmpi.data import (
-    Compressed,
     DataError,
     DataLoader,
     Dataset,
+    NotInPlace,
     Selected,
+    declared_size,
     find_data,
     held_out,
     read_hdf5,
@@ -57,6 +58,8 @@ def open_data(data: str | Dataset, ranks: Ranks, tell: Tell, data_dir: str = "da
     """
     with as_user_errors():
         path = None
+        if data_in == "file" and (isinstance(data, Dataset) or data == "synthetic"):
+            raise UserError("--data-in file needs a data file, and these images are in memory")
         if isinstance(data, Dataset):
             data.check("data")
             dataset = data
@@ -75,25 +78,27 @@ def open_data(data: str | Dataset, ranks: Ranks, tell: Tell, data_dir: str = "da
     return Data(dataset, sha256, mean, std)
 
 
-def _open_file(path: Any, ranks: Ranks, data_in: str) -> Dataset:
+def _open_file(path: Path, ranks: Ranks, data_in: str) -> Dataset:
     """Return the data set of a file: in memory, one copy for all ranks of this host, or with its images left there."""
     if data_in != "memory":
         try:
             dataset = read_in_place(path)
-        except Compressed:
+        except NotInPlace as error:
             if data_in == "file":
                 raise
+            if not ranks.gather_node(_fits(path, ranks.local_size))[0]:
+                raise DataError(f"{error}; and they are too many for the memory of this host") from None
         else:
-            if data_in == "file" or not ranks.gather_node(_fits(dataset, ranks.local_size))[0]:
+            if data_in == "file" or not ranks.gather_node(_fits(path, ranks.local_size))[0]:
                 return dataset
     dataset = read_hdf5(path, part=(ranks.local_rank, ranks.local_size), empty=ranks.shared_array)
     ranks.node_barrier()
     return dataset
 
 
-def _fits(dataset: Dataset, ranks: int) -> bool:
-    """Return whether the images of a data set may be copied into memory, which so many ranks share."""
-    size = sum(math.prod(images.shape) for images in (dataset.train_images, dataset.test_images))
+def _fits(path: Path, ranks: int) -> bool:
+    """Return whether the images of a data file may be copied into memory, which so many ranks share."""
+    size = declared_size(path)
     room = available_memory() // SHARE
     if ranks > 1:
         room = min(room, max((free_mib(folder) << 20 for folder in shared_folders()), default=0))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -117,6 +118,8 @@ def greeting(config: Config, dataset: Dataset, parts: Mapping[str, Any], ranks: 
         f"{len(parts['test'].labels)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
         f"thread{'s' * (threads > 1)}, {config.backend}" + f", loss {config.loss}" * (dataset.train_labels.ndim > 1)
     ]
+    if not isinstance(dataset.train_images, np.ndarray):
+        lines.append("note: images are read from their file as they are needed (--data-in)")
     if ranks.oversubscribed:
         lines.append(
             f"note: {ranks.local_size} ranks share {cores} cores of this host: the result is the "

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.common.arrays import Array, nchw, nhwc
+from cnnmpi.common.files import open_regular
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import DataError, Dataset
 from cnnmpi.data.sources.pickled import read_pickle
+from cnnmpi.data.sources.streams import names_in
 
 SHAPE = (3, 32, 32)  # each record: the red, the green and the blue plane, row by row
 PIXELS = 3072
@@ -91,7 +93,7 @@ def read_archive(path: str | Path) -> Dataset:
 def holds_archive(folder: Path) -> bool:
     """Return whether a folder is one that an archive was extracted to, or holds it, be it complete or not."""
     names = {name for layout in LAYOUTS for name in (*layout.files, layout.folder)}
-    return any(path.name in names for path in folder.iterdir())
+    return any(name in names for name in names_in(folder))
 
 
 def archive_sha256(path: str | Path) -> str:
@@ -107,7 +109,7 @@ def _sha256(path: Path, members: Members) -> str:
             sha.update(content)
         return sha.hexdigest()
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
@@ -176,7 +178,7 @@ class _Bounded:
 
 def _from_tar(path: Path) -> Members:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             packed = file.read(len(GZIP)) == GZIP
             file.seek(0)
             bounded: Any = _Bounded(gzip.GzipFile(fileobj=file) if packed else file)

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.lib import format as npy
 
 from cnnmpi.common.arrays import Array
+from cnnmpi.common.files import open_regular
 from cnnmpi.common.text import printable
-from cnnmpi.data.dataset import DataError, check_alike, check_declared, to_levels
+from cnnmpi.data.dataset import DataError, check_alike, check_count, check_declared, to_levels
 from cnnmpi.data.sources.split import drawn_for_test
 from cnnmpi.data.sources.streams import Stream, check_claim, files_sha256, read_blocks
 from cnnmpi.data.writer import Piece, Source
@@ -58,8 +59,16 @@ def read_arrays(path: Path, test: float | None = None, seed: int = 0) -> Source:
             raise DataError(f"{path}: expected {', '.join(SPLIT)}, or x and y; it holds {held}")
         images = {part: _header(path, file, x) for part, (x, _) in pairs.items()}
         labels = {part: _labels(path, file, y) for part, (_, y) in pairs.items()}
+    for part, member in images.items():
+        x = pairs[part][0]
+        if 0 in member.shape:
+            raise DataError(f"{path}: {x} is empty: {member.shape}")
+        if len(member.shape) not in (3, 4):
+            raise DataError(f"{path}: {x} needs images (N, C, H, W), or gray (N, H, W), got {member.shape}")
     first = next(iter(labels.values()))
     count = first.shape[1] if first.ndim == 2 else 1 + max(int(y.max(initial=0)) for y in labels.values())
+    if first.ndim == 1:
+        check_count(str(path), count, sum(map(len, labels.values())))
     classes = tuple(map(str, range(count)))
     parts = []
     for part, member in images.items():
@@ -167,7 +176,7 @@ def _read_header(name: str, stream: Stream) -> Member:
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a zip archive; what its reading raises becomes a DataError."""
     try:
-        with path.open("rb") as raw, zipfile.ZipFile(raw) as file:
+        with open_regular(path) as raw, zipfile.ZipFile(raw) as file:
             yield file
     except DataError:
         raise

@@ -17,7 +17,7 @@ import numpy as np
 from cnnmpi.common.arrays import Array
 from cnnmpi.common.text import printable
 from cnnmpi.data.dataset import DataError, check_alike, check_declared
-from cnnmpi.data.sources.streams import Stream, check_claim, files_sha256, read_blocks, read_exactly
+from cnnmpi.data.sources.streams import Stream, check_claim, files_sha256, names_in, read_blocks, read_exactly
 from cnnmpi.data.writer import Piece, Source
 
 NAME = re.compile(r"(?:.*-)?(train|t10k|test)-(images|labels)[-.]idx\d-ubyte(?:\.gz)?")
@@ -52,7 +52,7 @@ def read_idx(folder: Path) -> Source:
 
 def holds_idx(folder: Path) -> bool:
     """Return whether any file of a folder is called as those of MNIST are."""
-    return folder.is_dir() and any(NAME.fullmatch(path.name) for path in folder.iterdir())
+    return any(NAME.fullmatch(name) for name in names_in(folder))
 
 
 def idx_sha256(folder: Path) -> str:

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from cnnmpi.common.arrays import Array
+from cnnmpi.common.files import open_regular
 from cnnmpi.data.dataset import DataError, blocks, images_per_block
 
-LARGEST = 64 << 30  # bytes of one array
+LARGEST = 1 << 42  # bytes of one array
 LARGEST_ROW = 1 << 28  # bytes of one image
 SUSPICIOUS = 1 << 26  # bytes, from which on it is asked how well they were packed
 LARGEST_RATIO = 200  # of unpacked to packed bytes: images never pack so well, what is to fill a disk does (up to 1032)
@@ -24,12 +25,20 @@ class Stream(Protocol):
         """Return up to ``count`` bytes; fewer, or none, at the end."""
 
 
+def names_in(folder: Path) -> list[str]:
+    """Return the names of what a folder holds; none of what is no folder. Raises DataError where it cannot be read."""
+    try:
+        return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
 def files_sha256(paths: Iterable[Path]) -> str:
     """Return the sha256 of the contents of files, one after the other. Raises DataError."""
     sha = hashlib.sha256()
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 while block := file.read(1 << 20):
                     sha.update(block)
         except OSError as error:
