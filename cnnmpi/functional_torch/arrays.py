@@ -1,0 +1,98 @@
+"""What arrays are to this engine: tensors on a device, in the channels_last memory format."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NumpyArray = np.ndarray[Any, np.dtype[Any]]
+
+
+def choose_device(device: str, index: int = 0) -> str:
+    """Return "cpu", or "cuda:N" for that or for "cuda", which takes GPU number ``index``, round and round.
+
+    Raises ValueError where it is unknown or not present.
+    """
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise ValueError(f"device {device!r} is not available: PyTorch finds {count} CUDA devices")
+    return f"cuda:{number or index % count}"
+
+
+def set_threads(count: int, callers: int = 1) -> None:
+    """Let ``callers`` threads, the current one among them, share ``count`` threads; each of them has to call this."""
+    torch.set_num_threads(max(1, count // callers))
+
+
+def tensor(a: NumpyArray, device: str) -> Tensor:
+    """Return ``a`` as a tensor on ``device``; on the CPU both share their memory."""
+    return torch.from_numpy(a).to(device)
+
+
+def as_array(a: NumpyArray, like: Tensor | None = None) -> Tensor:
+    """Return the NumPy array ``a`` as a tensor on the device of ``like``, the CPU if None; its dtype is kept."""
+    if not a.flags.writeable or min(a.strides, default=0) < 0:  # torch knows neither
+        a = a.copy(order="K")
+    return torch.from_numpy(a).to("cpu" if like is None else like.device)
+
+
+def to_numpy(a: Tensor) -> NumpyArray:
+    """Return a tensor as a NumPy array; from the CPU, both share their memory."""
+    array: NumpyArray = a.detach().cpu().numpy()
+    return array
+
+
+def empty(size: int, like: Tensor | None = None) -> Tensor:
+    """Return a 1-D tensor of ``size`` numbers, not set yet, of the dtype and on the device of ``like``."""
+    return torch.empty(size) if like is None else like.new_empty(size)
+
+
+def address(a: Tensor) -> int:
+    """Return where in memory the tensor begins."""
+    return a.data_ptr()
+
+
+def retire(a: Tensor) -> None:
+    """Empty a tensor that was replaced by another: an optimizer that still holds it raises."""
+    a.set_()  # type: ignore[call-overload]
+
+
+def seal(y: Tensor, cache: Any) -> Any:
+    """Return what tells whether ``y`` is changed in place, where ``cache`` needs it: torch counts such changes."""
+    parts = cache if isinstance(cache, tuple) else (cache,)
+    return (y, y._version) if any(part is y for part in parts) else None
+
+
+def is_intact(seal: Any) -> bool:
+    """Return whether what was sealed is as it was."""
+    return seal is None or seal[0]._version == seal[1]
+
+
+def copy_into(target: Tensor, source: NumpyArray) -> None:
+    """Copy the NumPy array ``source`` into the tensor ``target``, converted to the target's dtype."""
+    target.copy_(as_array(source, target))
+
+
+def channels_last_view(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """View the 1-D ``flat`` as ``shape``; a 4-D shape (O, C, kH, kW) lies in memory as (O, kH, kW, C)."""
+    if flat.ndim != 1:
+        raise ValueError(f"channels_last_view: expected a 1-D array, got shape {tuple(flat.shape)}")
+    if len(shape) != 4:
+        return flat.view(shape)
+    O, C, kH, kW = shape
+    return flat.view(O, kH, kW, C).permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return 4-D tensors in channels_last memory, copied only if they are not; others contiguous."""
+    if x.ndim != 4:
+        return x.contiguous()
+    _, C, H, W = x.shape
+    # torch leaves the strides of axes of size 1 open, and some kernels then guess another layout and fail
+    return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, (H * W * C, 1, W * C, C))
