@@ -22,6 +22,11 @@ def copy_into(target: Array, source: Array) -> None:
     target[...] = source
 
 
+def fits(x: Array, array: Array) -> bool:
+    """Return whether a layer with parameters as ``array`` takes ``x``: of the same dtype."""
+    return x.dtype == array.dtype
+
+
 def empty(size: int, like: Any = None) -> Array:
     """Return a 1-D array of ``size`` numbers, not set yet, of the dtype and on the device of ``like``; else float32."""
     return np.empty(size, np.float32 if like is None else like.dtype)

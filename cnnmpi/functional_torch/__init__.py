@@ -5,6 +5,9 @@ autograd records nothing. Images are (N, C, H, W) in the channels_last memory fo
 the device, so a step up to the logits, and from their gradient back, can be captured in a CUDA graph.
 """
 
+import importlib
+from types import ModuleType
+
 from cnnmpi.functional_torch.activation import (
     add,
     concat,
@@ -36,6 +39,7 @@ from cnnmpi.functional_torch.arrays import (
     choose_device,
     copy_into,
     empty,
+    fits,
     is_intact,
     retire,
     seal,
@@ -86,6 +90,7 @@ __all__ = [
     "dropout",
     "dropout_backward",
     "empty",
+    "fits",
     "flatten",
     "flatten_backward",
     "gelu",
@@ -121,3 +126,12 @@ __all__ = [
     "upsample_nearest2d",
     "upsample_nearest2d_backward",
 ]
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def engine(precision: str) -> ModuleType:
+    """Return the module with the operations of a precision: this one, or one of the same names beside it."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    return importlib.import_module(__name__ if precision == "float32" else f"{__name__}.{precision}")

@@ -43,9 +43,15 @@ def as_array(a: NumpyArray, like: Tensor | None = None) -> Tensor:
 
 
 def to_numpy(a: Tensor) -> NumpyArray:
-    """Return a tensor as a NumPy array; from the CPU, both share their memory."""
+    """Return a tensor as a NumPy array; from the CPU, both share their memory. bfloat16, unknown there, as float32."""
+    a = a.float() if a.dtype == torch.bfloat16 else a
     array: NumpyArray = a.detach().cpu().numpy()
     return array
+
+
+def fits(x: Tensor, array: Tensor) -> bool:
+    """Return whether a layer with parameters as ``array`` takes ``x``: of the same dtype."""
+    return x.dtype == array.dtype
 
 
 def empty(size: int, like: Tensor | None = None) -> Tensor:

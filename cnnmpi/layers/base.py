@@ -243,7 +243,7 @@ class Layer:
             wanted = ", ".join(map(str, shape))
             raise ValueError(f"{self._label()}: expected an input of shape ({wanted}), got {tuple(x.shape)}")
         for array in (self.params | self.buffers).values():
-            if x.dtype != array.dtype:
+            if not self.F.fits(x, array):
                 raise ValueError(f"{self._label()}: expected an input of dtype {array.dtype}, got {x.dtype}")
 
     def __repr__(self) -> str:

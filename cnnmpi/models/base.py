@@ -77,21 +77,23 @@ class Model(Layer):
 
     # -- the engine --------------------------------------------------------------------------------------------------
 
-    def to_torch(self, device: str = "cpu", index: int = 0) -> "Model":
+    def to_torch(self, device: str = "cpu", index: int = 0, precision: str = "float32") -> "Model":
         """Compute with PyTorch from now on, on ``device`` ("cpu", "cuda", "cuda:1"); weights keep their bits.
 
         "cuda" means the GPU number ``index``, counted round and round: ranks of one host pass their local rank.
         On the CPU the tensors share the memory of the arrays that were there, so an optimizer goes on working; for
-        a GPU, make it after the move. Returns the model itself. Raises RuntimeError where PyTorch is missing,
-        ValueError for a device that is not there.
+        a GPU, make it after the move. With ``precision`` "bfloat16", convolutions and matrix products are of that type,
+        and so is what lies between them; parameters, gradients and statistics stay float32. Returns the model itself.
+        Raises RuntimeError where PyTorch is missing, ValueError for a device that is not there or an unknown precision.
         """
         try:
             from cnnmpi import functional_torch
         except ImportError as error:
             raise RuntimeError(f"to_torch() needs PyTorch ({error}): pip install 'cnnmpi[torch]'") from None
         device = functional_torch.choose_device(device, index)
+        engine = functional_torch.engine(precision)
         self.to_numpy()
-        self._replace_arrays(functional_torch, lambda _, array: functional_torch.tensor(array, device))
+        self._replace_arrays(engine, lambda _, array: engine.tensor(array, device))
         return self
 
     def to_numpy(self) -> "Model":
