@@ -318,6 +318,17 @@ def is_asked_of_torch(bench: Bench, field: str, value: Any) -> None:
     assert set(asked) == {value}
 
 
+def rounds_products(bench: Bench, field: str, value: Any) -> None:
+    trainer = bench.finished(**{field: value}, backend="torch")
+    assert trainer.model.F.__name__ == f"cnnmpi.functional_torch.{value}"
+    assert trainer.flat.params.dtype == trainer.flat.grads.dtype == trainer.flat.buffers.dtype == torch.float32
+    twin = trained_by_torch(images(), PLAIN)
+    # four steps with products of 8 bits: 2**-9 each, on weights of order 1 that move by 0.1
+    assert 10 * TOLERANCE < largest_difference(trainer.model.state_dict(), twin) < 0.02
+    with pytest.raises(UserError, match="--precision bfloat16 needs --backend torch: NumPy computes in float32"):
+        bench.trainer(**{field: value})
+
+
 def are_used(bench: Bench, field: str, value: Any) -> None:
     asked = []
     bench.patch.setattr(functional, "set_threads", lambda count, callers=1: asked.append((count, callers)))
@@ -590,6 +601,7 @@ ROWS: dict[str, list[tuple[Any, Check]]] = {
     "seed": [(6, keys_every_draw)],
     "backend": [("torch", computes_in_torch)],
     "device": [("cuda:1", is_asked_of_torch)],
+    "precision": [("bfloat16", rounds_products)],
     "threads": [(3, are_used)],
     "reduction": [("float32", rounds_as_it_says)],
     "data": [("other.h5", are_the_ones_trained_on)],

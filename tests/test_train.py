@@ -144,6 +144,17 @@ def test_mixed_and_balanced_batches_are_the_same_on_any_number_of_ranks(ranks, s
 
 
 @pytest.mark.mpi(min_size=1)
+def test_any_number_of_ranks_and_threads_gives_the_bits_of_one_in_bfloat16(ranks, shared_tmp, tmp_path, data):
+    pytest.importorskip("torch")
+    options = {"model": "smallresnet", "data": data, "backend": "torch", "precision": "bfloat16"}
+    together = train(shared_tmp / "together", ranks, **options)
+    alone = train(tmp_path / "alone", Ranks(), threads=2, **options)
+    assert state(together) == state(alone)
+    exact = train(tmp_path / "exact", Ranks(), **options | {"precision": "float32"})
+    assert state(exact) != state(alone)
+
+
+@pytest.mark.mpi(min_size=1)
 @pytest.mark.parametrize("stop", [0, 3, 5, 7])
 def test_resume_on_other_ranks_in_the_middle_of_an_epoch(ranks, shared_tmp, tmp_path, data, stop):
     """Part on all ranks, part on one, and the reverse: all end as the undisturbed run does."""

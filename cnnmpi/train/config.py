@@ -82,6 +82,8 @@ class Experiment:
     """Engine under the layers."""
     device: str | None = None
     """Where torch computes: cpu, cuda, cuda:N."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of torch's convolutions and matrix products; weights, gradients and statistics are float32 all the same."""
     reduction: Literal["exact", "float32"] | None = None
     """Sum of the gradients: the same bits for any number of ranks, or half the bytes."""
     data: str | None = None
@@ -126,7 +128,7 @@ DEFAULTS: dict[str, Any] = {
     "model": "simplecnn", "epochs": 12, "batch_size": 128, "shards": 8, "optimizer": "sgd", "lr": 0.05,
     "schedule": "linear", "warmup": 0.2, "momentum": 0.9, "weight_decay": 5e-4, "label_smoothing": 0.0, "clip": 0.0,
     "augment": "flip,crop=2", "sample": "all", "balance": False, "validation": 0.0, "seed": 0, "backend": "numpy",
-    "device": "cpu", "reduction": "exact", "data": "auto", "on_nan": "stop",
+    "device": "cpu", "precision": "float32", "reduction": "exact", "data": "auto", "on_nan": "stop",
 }  # fmt: skip
 PROGRAM = "cnnmpi.train"
 ADAM_LR = 1e-3  # the peak where Adam is chosen without a rate: the recipes' rates are SGD's
@@ -232,6 +234,8 @@ def check_ranges(config: Config) -> None:
             raise UserError(f"{flag(name)} must be below 1, got {getattr(config, name)}")
     if config.device not in (None, "cpu") and config.backend != "torch":
         raise UserError(f"--device {config.device} needs --backend torch")
+    if config.precision not in (None, "float32") and config.backend != "torch":
+        raise UserError(f"--precision {config.precision} needs --backend torch: NumPy computes in float32")
 
 
 def _accepted(kind: Any) -> tuple[type, ...]:

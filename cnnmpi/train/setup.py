@@ -176,7 +176,7 @@ def make_model(
     probe(model, build, config.model or "", options, smallest)
     try:
         if config.backend == "torch":
-            model.to_torch(config.device or "cpu", index=local_rank)
+            model.to_torch(config.device or "cpu", index=local_rank, precision=config.precision or "float32")
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
     model.skip_input_grad()

@@ -1,0 +1,91 @@
+"""The torch engine with products of fewer bits: as exact as these allow, float32 where numbers are summed."""
+
+import copy
+
+import numpy as np
+import pytest
+
+import cnnmpi
+from cnnmpi import functional_torch
+from cnnmpi import layers as L
+from tests.every_layer import LAYERS
+from tests.twins import Wrapped, rng, torch
+
+pytestmark = pytest.mark.mpi_skip
+
+# an input, a weight and an output are each rounded once to 8 bits, by at most 2**-9 of their size; over many products
+# and outputs such errors add up as their squares do, so sqrt(3) 2**-9 is expected, and more than 2**-7 is none of these
+BOUND = 2.0**-7
+
+
+def apart(ours, exact) -> float:
+    """The relative error of an array, by its norm."""
+    ours = np.asarray(ours, np.float64)
+    return float(np.linalg.norm(ours - exact) / np.linalg.norm(exact))
+
+
+CONVOLUTIONS = [
+    (lambda: L.Conv2d(16, 24, 3, padding=1, rng=rng(0)), (4, 16, 12, 12)),
+    (lambda: L.Conv2d(16, 24, 3, 2, 1, rng=rng(0)), (4, 16, 12, 12)),
+    (lambda: L.Conv2d(16, 16, 3, padding=1, groups=16, rng=rng(0)), (4, 16, 12, 12)),
+    (lambda: L.ConvTranspose2d(16, 8, 3, 2, 1, rng=rng(0)), (4, 16, 6, 6)),
+    (lambda: L.Linear(64, 10, rng=rng(0)), (32, 64)),
+]
+
+
+@pytest.mark.parametrize("make, shape", CONVOLUTIONS)
+def test_products_are_those_of_float64_within_the_rounding_of_the_type(make, shape):
+    x = rng(1).standard_normal(shape)
+    exact, low = Wrapped(make()).astype(np.float64), Wrapped(make()).to_torch(precision="bfloat16")
+    y64, y = exact.forward(x), low.forward(low.as_array(x.astype(np.float32)))
+    dout = rng(2).standard_normal(y64.shape)
+    dx64, dx = exact.backward(dout), low.backward(low.as_array(dout.astype(np.float32)))
+    errors = {"y": apart(low.F.to_numpy(y), y64), "dx": apart(low.F.to_numpy(dx), dx64)}
+    for (name, (_, grad)), (_, grad64) in zip(low.named_parameters().items(), exact.parameters(), strict=True):
+        assert grad.dtype == torch.float32
+        errors[name] = apart(low.F.to_numpy(grad), grad64)
+    assert max(errors.values()) < BOUND, errors
+    assert min(errors["y"], errors["dx"]) > 2.0**-13, f"float32 would be closer: {errors}"
+
+
+@pytest.mark.parametrize("layer, shape", LAYERS)
+def test_every_layer_takes_what_convolutions_give(layer, shape):
+    layer = Wrapped(copy.deepcopy(layer)).to_torch(precision="bfloat16")
+    x = torch.from_numpy(rng(1).standard_normal(shape).astype(np.float32)).to(torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    y = layer.forward(x)
+    layer.backward(torch.ones_like(y))
+    assert all(grad.dtype == torch.float32 for _, grad in layer.parameters())
+
+
+def test_activations_stay_in_the_type_between_convolutions_and_logits_are_float32():
+    model = cnnmpi.SmallResNet(image_size=16).to_torch(precision="bfloat16")
+    kept = {}
+    for name, layer in model.walk():
+        layer._keep = lambda result, name=name, keep=layer._keep: kept.setdefault(name, keep(result))
+    x = rng(0).standard_normal((4, 3, 16, 16)).astype(np.float32)
+    logits = model.forward(model.as_array(x))
+    assert logits.dtype == torch.float32
+    assert {kept[name].dtype for name in kept if name.startswith("stage")} == {torch.bfloat16}
+
+
+def test_three_backward_passes_are_bit_equal_and_a_copy_computes_alike():
+    model = cnnmpi.SmallResNet(image_size=16).to_torch(precision="bfloat16")
+    x = model.as_array(rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32))
+    seen = []
+    for each in (model, model, copy.deepcopy(model)):
+        each.zero_grad()
+        logits = each.forward(x)
+        each.backward(logits)
+        seen.append(b"".join(each.F.to_numpy(grad).tobytes() for _, grad in each.parameters()))
+    assert len(set(seen)) == 1
+
+
+def test_an_unknown_precision_is_refused_and_numpy_comes_back():
+    model = cnnmpi.SimpleCNN(image_size=8)
+    before = model.state_dict()
+    with pytest.raises(ValueError, match="unknown precision 'int8': expected one of float32, bfloat16"):
+        model.to_torch(precision="int8")
+    model.to_torch(precision="bfloat16").to_numpy()
+    assert all((array == before[name]).all() for name, array in model.state_dict().items())
+    assert model.F is cnnmpi.functional and functional_torch.engine("float32") is functional_torch
