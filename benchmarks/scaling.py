@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks.rounds import Competitor, hardware, options, ratios, refuse_slow_blas, spread, table, take_turns
 
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+BFLOAT16 = "2 ranks, torch bfloat16"
 APART = "2 processes, a whole batch each"
 MPIRUN = shutil.which("mpirun", path=PATH) or "mpirun"
 
@@ -27,9 +28,10 @@ def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
     }
     for count in range(2, most_ranks + 1, 2):
         sides[f"{count} ranks, 1 thread"] = Competitor("ranks", model, batch, 1, (MPIRUN, "-n", str(count)))
+    sides[BFLOAT16] = Competitor("ranks bfloat16", model, batch, 1, (MPIRUN, "-n", "2"))
     sides[APART] = Competitor("apart", model, batch, 1, (MPIRUN, "-n", "2"))
-    ddp = ["DDP, 2 processes", "DDP channels_last, 2 processes"]
-    for name, kind in zip(ddp, ("ddp", "ddp channels_last"), strict=True):
+    ddp = ["DDP, 2 processes", "DDP channels_last, 2 processes", "DDP autocast bfloat16, 2 processes"]
+    for name, kind in zip(ddp, ("ddp", "ddp channels_last", "ddp autocast"), strict=True):
         sides[name] = Competitor(kind, model, batch, 1)
     take_turns(sides, rounds, seconds=1.0)
     rows = []
@@ -40,7 +42,8 @@ def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
             images = 2 * batch if name == APART else batch
             rows.append([name, spread(side.seconds), f"{images / statistics.median(side.seconds):.0f}"])
         side.close()
-    words = [ratios(sides, "2 ranks, 1 thread", ["1 process, 1 thread", *ddp]),
+    words = [ratios(sides, "2 ranks, 1 thread", ["1 process, 1 thread", *ddp[:2]]),
+             ratios(sides, BFLOAT16, ddp[2:]),
              ratios(sides, "1 process, 2 threads", ["1 process, 1 thread"])]  # fmt: skip
     if alone := [
         one / two for one, two in zip(sides["1 process, 1 thread"].seconds, sides[APART].seconds, strict=False)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.distributed import Ranks, start
+from cnnmpi.machine import keep_freed_memory
 from cnnmpi.models import MODELS, Model
 from cnnmpi.optim import SGD
 
@@ -44,8 +45,9 @@ class Ours:
 
     def __init__(self, kind: str, model: str, batch: int, threads: int) -> None:
         self.model: Model = MODELS[model](seed=0)
-        if kind == "torch engine":
-            self.model.to_torch()
+        if kind.startswith("torch engine"):
+            self.model.to_torch(precision="bfloat16" if kind.endswith("bfloat16") else "float32")
+            keep_freed_memory()
         self.model.F.set_threads(threads)
         self.model.skip_input_grad()
         self.optimizer = SGD(self.model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, weight_decay=DECAY)
@@ -70,7 +72,7 @@ class Ours:
 
 
 class Torch:
-    """torch.nn with autograd: eager, eager channels_last or compiled."""
+    """torch.nn with autograd: eager, eager channels_last, that with autocast to bfloat16, or compiled."""
 
     def __init__(self, kind: str, model: str, batch: int, threads: int) -> None:
         import torch
@@ -87,12 +89,16 @@ class Torch:
         others = [p for p in twin.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others}]
         self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, nesterov=True)
-        self.loss = torch.nn.functional.cross_entropy
+        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled="autocast" in kind)
 
     def gradients(self) -> Any:
+        from torch.nn.functional import cross_entropy
+
         self.optimizer.zero_grad()
-        logits = self.forward(self.x)
-        self.loss(logits, self.y).backward()
+        with self.autocast:
+            logits = self.forward(self.x)
+            loss = cross_entropy(logits, self.y)
+        loss.backward()
         return logits
 
     def step(self) -> None:
@@ -100,20 +106,21 @@ class Torch:
         self.optimizer.step()
 
     def check(self) -> dict[str, np.ndarray[Any, Any]]:
-        logits = self.gradients().detach().numpy().copy()
+        logits = self.gradients().detach().float().numpy()
         return {"logits": logits, **{n: p.grad.numpy() for n, p in self.twin.named_parameters() if p.grad is not None}}
 
 
 class Trained:
     """cnnmpi's whole trainer, with its data path, augmentation and exact reduction, on all ranks."""
 
-    def __init__(self, ranks: Ranks, model: str, batch: int, threads: int) -> None:
+    def __init__(self, ranks: Ranks, model: str, batch: int, threads: int, precision: str | None = None) -> None:
         self.folder = tempfile.TemporaryDirectory()
         from cnnmpi.train import set_up
         from cnnmpi.train.config import Config
 
         out = Path(ranks.on_rank0(lambda: self.folder.name)) / "run"
-        config = Config(model=model, batch_size=batch, threads=threads, data="synthetic", out=out)
+        engine: dict[str, Any] = {"backend": "torch", "precision": precision} if precision else {}
+        config = Config(model=model, batch_size=batch, threads=threads, data="synthetic", out=out, **engine)
         self.trainer = set_up(config, ranks)
 
     def step(self) -> None:
@@ -130,7 +137,7 @@ def ddp(rank: int, kind: str, model: str, batch: int, port: int) -> None:
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=120))
-    side = Torch("torch eager" if kind == "ddp" else "torch channels_last", model, batch // 2, 1)
+    side = Torch("torch eager" if kind == "ddp" else kind, model, batch // 2, 1)
     side.forward = DistributedDataParallel(side.twin)
 
     def agree(count: int) -> int:
@@ -188,9 +195,10 @@ def serve_ranks(ranks: Ranks, step: Callable[[], Any]) -> None:
 
 def main() -> None:
     kind, model, batch, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    if kind in ("ranks", "apart"):
+    if kind.startswith(("ranks", "apart")):
         ranks = start()
-        serve_ranks(ranks, Trained(ranks if kind == "ranks" else Ranks(), model, batch, threads).step)
+        what, _, precision = kind.partition(" ")
+        serve_ranks(ranks, Trained(ranks if what == "ranks" else Ranks(), model, batch, threads, precision).step)
         return
     if kind.startswith("ddp"):
         import torch.multiprocessing as mp
@@ -203,7 +211,7 @@ def main() -> None:
     if kind != "numpy":
         import torch  # noqa: F401 - before the memory is measured
     before = resident("VmRSS")
-    side = (Ours if kind in ("numpy", "torch engine") else Torch)(kind, model, batch, threads)
+    side = (Ours if kind.startswith(("numpy", "torch engine")) else Torch)(kind, model, batch, threads)
     serve(
         {
             "check": lambda file: np.savez(file, **side.check()),

@@ -100,5 +100,8 @@ def channels_last(x: Tensor) -> Tensor:
     if x.ndim != 4:
         return x.contiguous()
     _, C, H, W = x.shape
+    strides = (H * W * C, 1, W * C, C)
+    if x.stride() == strides:
+        return x
     # torch leaves the strides of axes of size 1 open, and some kernels then guess another layout and fail
-    return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, (H * W * C, 1, W * C, C))
+    return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, strides)

@@ -35,7 +35,7 @@ def batch_norm(
     x = channels_last(x)
     y, mean, inv_std = aten.native_batch_norm(x, gamma, beta, running_mean, running_var, training, momentum, eps)
     if relu:
-        y = torch.relu(y)
+        torch.relu_(y)  # backward needs x and the sign of y
     return y, (y if relu else None, (x, gamma, running_mean, running_var, mean, inv_std, training, eps))
 
 

@@ -13,6 +13,9 @@ from cnnmpi import functional
 Array = Any  # a NumPy array, or a torch tensor after to_torch()
 Pair = tuple[Array, Array]
 
+ARRAYS = {"params", "grads", "buffers", "_cache", "filters"}  # attributes of layers: the containers without layers
+CONTAINERS = (list, tuple, set, dict)
+
 
 class Layer:
     """A differentiable function with parameters; the base of all layers, containers and models.
@@ -64,7 +67,7 @@ class Layer:
         for name, value in vars(self).items():
             if isinstance(value, Layer):
                 yield name, value
-            elif name not in self.lists and _holds_layers(value):
+            elif isinstance(value, CONTAINERS) and name not in ARRAYS and name not in self.lists and _holds_layers(value):
                 kind = type(value).__name__
                 where = f"{self.name} {type(self).__name__}".strip()
                 raise ValueError(f"{where}: {name} is a {kind} of layers, which would not learn: make it a Sequential")
@@ -267,6 +270,5 @@ def _join(prefix: str, key: str) -> str:
 
 
 def _holds_layers(value: Any) -> bool:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-    items = list(values)  # at once: another thread may be adding to it, such as to a convolution's ``filters``
-    return any(isinstance(item, Layer) or _holds_layers(item) for item in items)
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, CONTAINERS) else ()
+    return any(isinstance(item, Layer) or _holds_layers(item) for item in values)

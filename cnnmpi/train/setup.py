@@ -20,6 +20,7 @@ from cnnmpi import checkpoint, optim
 from cnnmpi.console import printable
 from cnnmpi.data import Dataset
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
+from cnnmpi.machine import keep_freed_memory
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
 from cnnmpi.train.code import Code, explained
@@ -205,6 +206,8 @@ def make_team(config: Config, model: Model, ranks: Ranks, shards: int) -> Team:
         workers = fewest_workers(shards, threads)
         if config.backend == "torch":  # it cuts its sums by the number of threads inside an operation: none there
             threads = workers
+    if config.backend == "torch":
+        keep_freed_memory()
     share_threads = functools.partial(F.set_threads, threads, workers)
     share_threads()
     copies = [copy.deepcopy(model) for _ in range(workers - 1)]
