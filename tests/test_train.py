@@ -21,6 +21,7 @@ from cnnmpi.functional import blocks, cross_entropy_loss, whitening
 from cnnmpi.models import MobileNet, Model, ResNet18, SimpleCNN, SmallResNet
 from cnnmpi.train import Config, Trainer, evaluate, evaluation, set_up
 from cnnmpi.train import config as settings
+from cnnmpi.train import scaling
 from cnnmpi.train.code import Code
 from cnnmpi.train.team import Team
 
@@ -144,9 +145,12 @@ def test_mixed_and_balanced_batches_are_the_same_on_any_number_of_ranks(ranks, s
 
 
 @pytest.mark.mpi(min_size=1)
-def test_any_number_of_ranks_and_threads_gives_the_bits_of_one_in_bfloat16(ranks, shared_tmp, tmp_path, data):
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_any_number_of_ranks_and_threads_gives_the_bits_of_one_in_each_precision(
+    ranks, shared_tmp, tmp_path, data, precision
+):
     pytest.importorskip("torch")
-    options = {"model": "smallresnet", "data": data, "backend": "torch", "precision": "bfloat16"}
+    options = {"model": "smallresnet", "data": data, "backend": "torch", "precision": precision}
     together = train(shared_tmp / "together", ranks, **options)
     alone = train(tmp_path / "alone", Ranks(), threads=2, **options)
     assert state(together) == state(alone)
@@ -705,6 +709,59 @@ def test_a_skipped_step_changes_nothing_but_the_count_and_resumes_to_the_bit(
     while resumed.step < resumed.last_step:
         resumed.train_step()
     assert state(resumed) == state(alone)
+
+
+@pytest.mark.fault
+@pytest.mark.mpi(min_size=1)
+def test_all_ranks_scale_the_loss_of_float16_alike_and_a_resume_goes_on_with_it(
+    ranks, shared_tmp, tmp_path, data, monkeypatch, capfd
+):
+    """A factor that overflows in the first steps is halved until it does not; every third good step doubles it."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(scaling, "FIRST", 2.0**24)
+    monkeypatch.setattr(scaling, "GROWTH", 3)
+    options = {"model": "smallresnet", "data": data, "backend": "torch", "precision": "float16", "epochs": 6}
+
+    def run(out, ranks, **more):
+        trainer = new(Config(**{**SMALL, "out": out, **options, **more}), ranks)
+        factors = []
+        while trainer.step < trainer.last_step:
+            trainer.train_step()
+            factors.append(trainer.scale.factor)
+        trainer._save("last.h5")
+        return trainer, factors
+
+    alone, factors = run(tmp_path / "alone", Ranks())
+    capfd.readouterr()
+    together, also = run(shared_tmp / "together", ranks)
+    steps = list(zip(factors, factors[1:], strict=False))
+    assert factors[0] == 2.0**23 and also == factors and state(together) == state(alone)
+    assert {later / earlier for earlier, later in steps} == {0.5, 1, 2}, "halved, kept and doubled"
+    if ranks.rank == 0:
+        skipped = factors[0] < 2.0**24, *(later < earlier for earlier, later in steps)
+        said = capfd.readouterr().out
+        assert said.count("the step was skipped, and the loss is scaled by") == sum(skipped)
+        assert "step 0, shard 0: the gradient of stage1.0.0.weight is not finite" in said
+    middle = factors.index(min(factors)) + 2  # in the middle of three good steps
+    run(shared_tmp / "part", ranks, max_steps=middle)[0].folder.close()
+    resumed = new(Config(out=shared_tmp / "part", resume="auto"), ranks)
+    assert resumed.scale == scaling.LossScale(factors[middle - 1], resumed.scale.steady, moves=True)
+    assert resumed.scale.steady > 0
+    while resumed.step < resumed.last_step:
+        resumed.train_step()
+    assert resumed.scale == alone.scale and state(resumed) == state(alone)
+
+
+def test_a_scaled_loss_gives_the_gradients_of_the_plain_one_to_the_bit_where_nothing_underflows(tmp_path, data):
+    """Powers of two round nothing: only what float16 would lose may differ, and in float32 nothing does."""
+    plain = new(Config(**{**SMALL, "data": data, "out": tmp_path / "a", "model": "smallresnet"}), Ranks())
+    scaled = new(Config(**{**SMALL, "data": data, "out": tmp_path / "b", "model": "smallresnet"}), Ranks())
+    scaled.scale = scaling.LossScale(2.0**12, moves=True)
+    assert plain.scale == scaling.LossScale(1.0, moves=False)
+    for trainer in (plain, scaled):
+        trainer.train_step()
+        trainer.train_step()
+    assert state(plain) == state(scaled)
 
 
 @pytest.mark.fault

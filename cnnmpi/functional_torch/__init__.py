@@ -34,6 +34,7 @@ from cnnmpi.functional_torch.activation import (
 from cnnmpi.functional_torch.arrays import (
     address,
     as_array,
+    be_deterministic,
     channels_last,
     channels_last_view,
     choose_device,
@@ -76,6 +77,7 @@ __all__ = [
     "avg_pool2d_backward",
     "batch_norm",
     "batch_norm_backward",
+    "be_deterministic",
     "binary_cross_entropy_loss",
     "channels_last",
     "channels_last_view",
@@ -127,11 +129,19 @@ __all__ = [
     "upsample_nearest2d_backward",
 ]
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 
-def engine(precision: str) -> ModuleType:
-    """Return the module with the operations of a precision: this one, or one of the same names beside it."""
+def engine(precision: str, device: str = "cpu") -> ModuleType:
+    """Return the module with the operations of a precision: this one, or one of the same names beside it.
+
+    On a GPU, PyTorch computes by deterministic kernels from then on, in the whole process, and rounds the products of
+    float32 for "tf32" only. Raises ValueError for an unknown precision, and for "tf32" elsewhere.
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-    return importlib.import_module(__name__ if precision == "float32" else f"{__name__}.{precision}")
+    if device.startswith("cuda"):
+        be_deterministic("tf32" if precision == "tf32" else "ieee")
+    elif precision == "tf32":
+        raise ValueError("precision tf32 is a GPU's: a processor computes in float32, bfloat16 or float16")
+    return importlib.import_module(f"{__name__}.{precision}" if precision in ("bfloat16", "float16") else __name__)

@@ -1,5 +1,6 @@
 """What arrays are to this engine: tensors on a device, in the channels_last memory format."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,19 @@ def choose_device(device: str, index: int = 0) -> str:
     return f"cuda:{number or index % count}"
 
 
+def be_deterministic(products: str) -> None:
+    """Let a GPU give the same bits each time, or raise RuntimeError, naming the operation, where PyTorch cannot.
+
+    ``products`` says how those of float32 are computed: "ieee", or "tf32", rounded to 11 bits. For the whole process.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is computed
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that would write each tensor twice
+    torch.backends.cudnn.benchmark = False  # it picks the fastest kernels of the moment
+    torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = products
+
+
 def set_threads(count: int, callers: int = 1) -> None:
     """Let ``callers`` threads, the current one among them, share ``count`` threads; each of them has to call this."""
     torch.set_num_threads(max(1, count // callers))
@@ -43,8 +57,8 @@ def as_array(a: NumpyArray, like: Tensor | None = None) -> Tensor:
 
 
 def to_numpy(a: Tensor) -> NumpyArray:
-    """Return a tensor as a NumPy array; from the CPU, both share their memory. bfloat16, unknown there, as float32."""
-    a = a.float() if a.dtype == torch.bfloat16 else a
+    """Return a tensor as a NumPy array; from the CPU, both share their memory. Types of 16 bits come as float32."""
+    a = a.float() if a.dtype in (torch.bfloat16, torch.float16) else a
     array: NumpyArray = a.detach().cpu().numpy()
     return array
 

@@ -67,7 +67,9 @@ class Layer:
         for name, value in vars(self).items():
             if isinstance(value, Layer):
                 yield name, value
-            elif isinstance(value, CONTAINERS) and name not in ARRAYS and name not in self.lists and _holds_layers(value):
+            elif (
+                isinstance(value, CONTAINERS) and name not in ARRAYS and name not in self.lists and _holds_layers(value)
+            ):
                 kind = type(value).__name__
                 where = f"{self.name} {type(self).__name__}".strip()
                 raise ValueError(f"{where}: {name} is a {kind} of layers, which would not learn: make it a Sequential")

@@ -82,16 +82,17 @@ class Model(Layer):
 
         "cuda" means the GPU number ``index``, counted round and round: ranks of one host pass their local rank.
         On the CPU the tensors share the memory of the arrays that were there, so an optimizer goes on working; for
-        a GPU, make it after the move. With ``precision`` "bfloat16", convolutions and matrix products are of that type,
-        and so is what lies between them; parameters, gradients and statistics stay float32. Returns the model itself.
-        Raises RuntimeError where PyTorch is missing, ValueError for a device that is not there or an unknown precision.
+        a GPU, make it after the move. With ``precision`` "bfloat16" or "float16", convolutions and matrix products are
+        of that type, and so is what lies between them; parameters, gradients and statistics stay float32. "tf32", on a
+        GPU, rounds only what is multiplied. Returns the model itself. Raises RuntimeError where PyTorch is missing,
+        ValueError for a device that is not there and for a precision that it does not have.
         """
         try:
             from cnnmpi import functional_torch
         except ImportError as error:
             raise RuntimeError(f"to_torch() needs PyTorch ({error}): pip install 'cnnmpi[torch]'") from None
         device = functional_torch.choose_device(device, index)
-        engine = functional_torch.engine(precision)
+        engine = functional_torch.engine(precision, device)
         self.to_numpy()
         self._replace_arrays(engine, lambda _, array: engine.tensor(array, device))
         return self

@@ -82,7 +82,7 @@ class Experiment:
     """Engine under the layers."""
     device: str | None = None
     """Where torch computes: cpu, cuda, cuda:N."""
-    precision: Literal["float32", "bfloat16"] | None = None
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] | None = None
     """Of torch's convolutions and matrix products; weights, gradients and statistics are float32 all the same."""
     reduction: Literal["exact", "float32"] | None = None
     """Sum of the gradients: the same bits for any number of ranks, or half the bytes."""

@@ -283,6 +283,8 @@ def continue_from(saved: Saved, trainer: Trainer, data: Data, code: Code, tell: 
         )
     trainer.step = trainer.optimizer.steps = run.step
     trainer.best = run.best
+    if trainer.scale.moves and run.loss_scale:
+        trainer.scale.factor, trainer.scale.steady = run.loss_scale[0], int(run.loss_scale[1])
     sums = [run.epoch_sums.get(name, [0.0, 0.0]) for name in trainer.measures.names]
     trainer.epoch_sums[:] = np.ravel(sums)
 

@@ -20,6 +20,7 @@ from cnnmpi.functional.init import at_most
 from cnnmpi.models import MODELS, Model
 from cnnmpi.optim import Optimizer
 from cnnmpi.train.code import reason, source_sha256
+from cnnmpi.train.scaling import LARGEST
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -89,6 +90,7 @@ class SavedRun:
     data_sha256: str
     data_source: str
     sources: dict[str, str]  # {setting that named a person's code: sha256 of its source}
+    loss_scale: list[float]  # of a float16 run: the factor, and the steps in a row without an overflow; else empty
 
 
 def read_saved_run(path: str | Path, attributes: dict[str, Any]) -> SavedRun:
@@ -112,7 +114,9 @@ def read_saved_run(path: str | Path, attributes: dict[str, Any]) -> SavedRun:
         _check(path, name, isinstance(attributes[name], str), attributes[name], "a text")
     config = _json(path, "config", attributes["config"])
     sources = _sources(path, attributes)
-    return SavedRun(config, step, sums, float(best), attributes["data_sha256"], attributes["data_source"], sources)
+    scale = _loss_scale(path, attributes)
+    data = attributes["data_sha256"], attributes["data_source"]
+    return SavedRun(config, step, sums, float(best), *data, sources, scale)
 
 
 def _best(path: str | Path, attributes: dict[str, Any]) -> float:
@@ -127,6 +131,15 @@ def _best(path: str | Path, attributes: dict[str, Any]) -> float:
             _check(path, name, _numbers([loss]), loss, "a loss")
             return -float(loss)
     return -math.inf
+
+
+def _loss_scale(path: str | Path, attributes: dict[str, Any]) -> list[float]:
+    """Return the factor of a float16 run's loss and its steady steps, or nothing."""
+    scale = attributes.get("loss_scale", [])
+    right = isinstance(scale, list) and _numbers(scale) and len(scale) in (0, 2)
+    right = right and (not scale or (1 <= scale[0] <= LARGEST and math.frexp(scale[0])[0] == 0.5 and scale[1] >= 0))
+    _check(path, "loss_scale", right, scale, "a power of two, and a number of steps")
+    return [float(value) for value in scale]
 
 
 def _sources(path: str | Path, attributes: dict[str, Any]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Part
 from cnnmpi.train.measures import Loss, Measures
 from cnnmpi.train.report import Report
+from cnnmpi.train.scaling import LossScale
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import pack
 from cnnmpi.train.team import Team
@@ -70,9 +71,10 @@ class Trainer:
     best: float = -math.inf  # of the evaluation of best.h5, see ``score``
     unsaved: bool = True  # nothing of this run is in its folder yet
     stopping: bool = False  # all ranks have agreed to stop
-    skipped: int = 0  # steps in a row that were left out
+    skipped: int = 0  # steps in a row that --on-nan left out
 
     def __post_init__(self) -> None:
+        self.scale = LossScale.of(self.config.precision or "float32")
         self.model: Model = self.team.models[0]
         self.F: ModuleType = self.model.F  # cnnmpi.functional, or its counterpart in torch
         self.flat: FlatArrays = self.flats[self.model]
@@ -105,7 +107,9 @@ class Trainer:
             F.copy_into(flat.buffers, buffers)
             logits = model.forward(F.as_array(x, like=flat.params))  # (n, K)
             loss, dlogits = self.loss(logits, F.as_array(y, like=flat.params), reduction="sum")
-            model.backward(dlogits)
+            model.backward(dlogits * self.scale.factor)
+            if self.scale.factor != 1:
+                flat.grads *= 1 / self.scale.factor
             sums = self.measures.sums(loss, F.to_numpy(logits), y)
             # exact in float64, so that the exact reduction leaves statistics that did not move as they are
             statistics_sum = F.to_numpy(flat.buffers) * np.float64(len(y))
@@ -117,6 +121,7 @@ class Trainer:
         try:
             loss = self._update(*self.reducer.reduce(self.step))  # over all shards of all ranks
             self.skipped = 0
+            self.scale.succeeded()
         except NotFiniteError as error:  # a decision of all ranks: the same sums, or the same weights, on each
             F.copy_into(self.flat.buffers, buffers)
             loss = math.nan
@@ -148,14 +153,19 @@ class Trainer:
         return float(loss_sum / samples)
 
     def _skip(self, error: NotFiniteError) -> None:
-        """Leave a step out, or end the run, as --on-nan says."""
-        if self.config.on_nan == "stop":
-            advice = "a smaller --lr may help, and --on-nan skip leaves such steps out"
-            raise UserError(f"{error}; the weights were left as they were before this step; {advice}") from None
-        self.skipped += 1
-        if self.skipped >= MOST_SKIPPED:
-            raise UserError(f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help")
-        self.report.line(f"warning: {error}; the step was skipped")
+        """Leave a step out: to scale the loss less from then on, or as --on-nan says; else end the run."""
+        if self.scale.failed():
+            self.report.line(
+                f"note: {error}; the step was skipped, and the loss is scaled by {self.scale.factor:g} now"
+            )
+        else:
+            if self.config.on_nan == "stop":
+                advice = "a smaller --lr may help, and --on-nan skip leaves such steps out"
+                raise UserError(f"{error}; the weights were left as they were before this step; {advice}") from None
+            self.skipped += 1
+            if self.skipped >= MOST_SKIPPED:
+                raise UserError(f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help")
+            self.report.line(f"warning: {error}; the step was skipped")
         self.optimizer.steps = self.step + 1
         self.stopping = self.ranks.any(self.signals.asked)
 
@@ -285,6 +295,8 @@ class Trainer:
             "step": self.step,
             "epoch_sums": json.dumps(sums),
         }
+        if self.scale.moves:
+            attributes["loss_scale"] = [self.scale.factor, float(self.scale.steady)]
         if "acc" in self.measures.names:
             attributes[f"best_{self.judge.name}_acc"] = max(self.best, -1.0)
         elif math.isfinite(self.best):
