@@ -17,10 +17,10 @@ from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.sizes import pair
 from cnnmpi.train import Config, Evaluation, evaluate
 from cnnmpi.train.code import Code
-from cnnmpi.train.config import check_ranges, from_plain
+from cnnmpi.train.config import Backend, Precision, check_ranges, from_plain
 from cnnmpi.train.inputs import open_data, parts_of
 from cnnmpi.train.measures import find_losses, make_measures, with_loss
-from cnnmpi.train.setup import load_trained
+from cnnmpi.train.setup import load_trained, to_engine
 
 PROGRAM = "cnnmpi.evaluate"
 LARGEST_MATRIX = 20  # classes up to which the confusion matrix is shown
@@ -45,6 +45,9 @@ def run(
     threads: int = 0,
     model: str | None = None,
     loss: str | None = None,
+    backend: Backend = "numpy",
+    device: str = "cpu",
+    precision: Precision = "float32",
 ) -> None:
     """Evaluate a checkpoint on the test (or training) images.
 
@@ -55,9 +58,13 @@ def run(
         threads: threads to compute with; 0 uses all cores.
         model: the network of a checkpoint of your own: FILE.py:CLASS or MODULE:CLASS.
         loss: the loss to report, FILE.py:FUNCTION for one of your own; that of the run, unless it was your own.
+        backend: engine under the layers, whatever the run had.
+        device: where torch computes: cpu, cuda, cuda:N.
+        precision: of torch's convolutions and matrix products.
 
     """
     trained, ranks = load_trained(checkpoint, model), Ranks()
+    to_engine(trained, Config(backend=backend, device=device, precision=precision))
     trained.F.set_threads(threads or ranks.default_threads())
     found = open_data(data, ranks, lambda text: print(printable(text), file=sys.stderr))
     dataset, info = found.dataset, trained.info

@@ -22,8 +22,9 @@ from cnnmpi.distributed import UserError
 from cnnmpi.functional import sigmoid, softmax
 from cnnmpi.models import Model
 from cnnmpi.sizes import pair
+from cnnmpi.train.config import Backend, Config, Precision
 from cnnmpi.train.evaluation import batch_size
-from cnnmpi.train.setup import load_trained
+from cnnmpi.train.setup import load_trained, to_engine
 
 PROGRAM = "cnnmpi.predict"
 TOP = 3  # classes printed of each image
@@ -45,6 +46,9 @@ def run(
     /,
     top: int | None = None,
     model: str | None = None,
+    backend: Backend = "numpy",
+    device: str = "cpu",
+    precision: Precision = "float32",
 ) -> int:
     """Print the most probable classes of each image, or those with the largest numbers.
 
@@ -53,11 +57,15 @@ def run(
         images: image files of any kind and size; scaled as the training images were, else cut to the middle first.
         top: how many classes to print; 3 unless given.
         model: the network of a checkpoint of your own: FILE.py:CLASS or MODULE:CLASS.
+        backend: engine under the layers, whatever the run had.
+        device: where torch computes: cpu, cuda, cuda:N.
+        precision: of torch's convolutions and matrix products.
 
     """
     if not images:
         raise UserError("name at least one image")
     trained = load_trained(checkpoint, model)
+    to_engine(trained, Config(backend=backend, device=device, precision=precision))
     classes = trained.info.classes
     if top is not None and not 1 <= top <= len(classes):
         raise UserError(f"--top {top}: the model knows {len(classes)} classes; name a number from 1 to {len(classes)}")
@@ -92,9 +100,10 @@ def predictions(model: Model, images: Sequence[Array]) -> Array:
     was trained by squared errors predicts numbers.
     """
     x = normalize(nchw(np.stack(images)), model.info.mean, model.info.std)
-    logits, loss = model.forward(x), loss_of(model)
+    logits: Array = model.F.to_numpy(model.forward(model.as_array(x)))
+    loss = loss_of(model)
     if loss == "mse":
-        return logits  # type: ignore[no-any-return]
+        return logits
     return sigmoid(logits)[0] if loss == "binary_cross_entropy" else softmax(logits)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cnnmpi import Conv2d, Flatten, GlobalAvgPool2d, Linear, Model, SimpleCNN, SmallResNet, checkpoint, functional
-from cnnmpi.data import Dataset, write_hdf5
+from cnnmpi.data import Dataset, read_hdf5, write_hdf5
 from cnnmpi.evaluate import main
-from cnnmpi.train import Evaluation, evaluate
+from cnnmpi.train import Evaluation, evaluate, load_checkpoint
 from cnnmpi.train.evaluation import BATCH, batch_size
 from cnnmpi.train.state import model_attributes, pack
 
@@ -199,6 +199,24 @@ def test_the_command_prints_all_counts_of_twenty_classes(tmp_path, capsys):
     assert [row[:2] for row in rows] == [[str(k), f"class-{k}"] for k in range(20)]
     counts = [int(row[2]) for row in cells(table) if row and row[0].isdecimal()]
     assert counts == result.images.tolist() and sum(counts) == 400
+
+
+def test_the_command_evaluates_in_the_precision_that_it_is_told(tmp_path, capsys):
+    pytest.importorskip("torch")
+    saved, data, _ = a_run(tmp_path, ["a", "b", "c"])
+    whole = read_hdf5(data)
+    model = load_checkpoint(saved).to_torch(precision="bfloat16")
+    scaling = {"classes": 3, "mean": MEAN, "std": STD}
+    low = evaluate(model, whole.test_images, whole.test_labels, **scaling)
+    exact = evaluate(model.to_numpy(), whole.test_images, whole.test_labels, **scaling)
+    assert 1e-6 < abs(low.loss / exact.loss - 1) < 2.0**-7, "products of 8 bits"
+    seen = {}
+    for precision in ("float32", "bfloat16"):
+        assert main([str(saved), "--data", str(data), "--backend", "torch", "--precision", precision]) == 0
+        seen[precision] = float(re.search(r"loss (\S+)", capsys.readouterr().out)[1])
+    assert seen == {"float32": pytest.approx(exact.loss, abs=1e-4), "bfloat16": round(low.loss, 4)}
+    assert main([str(saved), "--data", str(data), "--precision", "bfloat16"]) == 2
+    assert capsys.readouterr().err.endswith("--precision bfloat16 needs --backend torch: NumPy computes in float32\n")
 
 
 def test_names_are_printed_as_they_are(tmp_path, capsys):

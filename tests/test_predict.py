@@ -303,6 +303,20 @@ def test_probabilities_are_those_of_the_model(model, tmp_path, capsys):
     assert out == f"{image}: {expected}\n"
 
 
+def test_probabilities_are_those_of_the_engine_that_is_asked_for(model, tmp_path, capsys):
+    pytest.importorskip("torch")
+    path, net = model
+    image, channels = saved(tmp_path / "p.png", Image.fromarray(picture(28, 20))), net.features.layers[0].in_c
+    x = normalize(read_image(image, channels).transpose(2, 0, 1)[None], [MEAN] * channels, [STD] * channels)
+    logits = net.to_torch(precision="bfloat16").forward(net.as_array(x))
+    expected = sorted((f"{p:.1%}" for p in softmax(net.F.to_numpy(logits))[0]), key=lambda text: -float(text[:-1]))
+    engine = ["--backend", "torch", "--precision", "bfloat16"]
+    assert main([str(path), str(image), "--top", "4", *engine]) == 0
+    assert re.findall(r"\S+%", capsys.readouterr().out) == expected
+    assert main([str(path), str(image), *engine[:3], "tf32"]) == 2
+    assert "precision tf32 is a GPU's" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("how", ["crop", "pad", "stretch", "", "something else"])
 def test_a_model_sees_in_prediction_what_it_saw_in_training(tmp_path, capsys, monkeypatch, how):
     options = {"in_channels": 3, "num_classes": 4, "image_size": [28, 20]}

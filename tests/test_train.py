@@ -4,6 +4,7 @@ Runs on as many ranks as pytest does; the reference is always the same run on th
 """
 
 import dataclasses
+import itertools
 import json
 import signal
 import threading
@@ -19,9 +20,8 @@ from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, RemoteError, UserError
 from cnnmpi.functional import blocks, cross_entropy_loss, whitening
 from cnnmpi.models import MobileNet, Model, ResNet18, SimpleCNN, SmallResNet
-from cnnmpi.train import Config, Trainer, evaluate, evaluation, set_up
+from cnnmpi.train import Config, Trainer, evaluate, evaluation, scaling, set_up
 from cnnmpi.train import config as settings
-from cnnmpi.train import scaling
 from cnnmpi.train.code import Code
 from cnnmpi.train.team import Team
 
@@ -734,7 +734,7 @@ def test_all_ranks_scale_the_loss_of_float16_alike_and_a_resume_goes_on_with_it(
     alone, factors = run(tmp_path / "alone", Ranks())
     capfd.readouterr()
     together, also = run(shared_tmp / "together", ranks)
-    steps = list(zip(factors, factors[1:], strict=False))
+    steps = list(itertools.pairwise(factors))
     assert factors[0] == 2.0**23 and also == factors and state(together) == state(alone)
     assert {later / earlier for earlier, later in steps} == {0.5, 1, 2}, "halved, kept and doubled"
     if ranks.rank == 0:

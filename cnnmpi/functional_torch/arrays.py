@@ -33,7 +33,7 @@ def be_deterministic(products: str) -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is computed
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that would write each tensor twice
+    torch._C._set_deterministic_fill_uninitialized_memory(False)  # a debugging aid that would write each tensor twice
     torch.backends.cudnn.benchmark = False  # it picks the fastest kernels of the moment
     torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = products

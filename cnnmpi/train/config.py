@@ -24,6 +24,8 @@ from cnnmpi.models import MODELS
 from cnnmpi.train.code import OURS, Code
 from cnnmpi.train.earlier import BEFORE, NOW, check_flags, with_augment
 
+Backend = Literal["numpy", "torch"]
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 JSON_OBJECT = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
     metavar="JSON",
@@ -78,11 +80,11 @@ class Experiment:
     """Weigh the classes in cross_entropy, so that rare ones count as much as others."""
     seed: int | None = None
     """Of every draw: weights, order, augmentation, dropout."""
-    backend: Literal["numpy", "torch"] | None = None
+    backend: Backend | None = None
     """Engine under the layers."""
     device: str | None = None
     """Where torch computes: cpu, cuda, cuda:N."""
-    precision: Literal["float32", "tf32", "bfloat16", "float16"] | None = None
+    precision: Precision | None = None
     """Of torch's convolutions and matrix products; weights, gradients and statistics are float32 all the same."""
     reduction: Literal["exact", "float32"] | None = None
     """Sum of the gradients: the same bits for any number of ranks, or half the bytes."""

@@ -24,7 +24,7 @@ from cnnmpi.machine import keep_freed_memory
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
 from cnnmpi.train.code import Code, explained
-from cnnmpi.train.config import Config, continued, resolve, to_toml
+from cnnmpi.train.config import Config, check_ranges, continued, resolve, to_toml
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
@@ -175,13 +175,20 @@ def make_model(
     if not isinstance(model, Model):
         raise UserError(f"--model {config.model} makes a {type(model).__name__}; expected a subclass of cnnmpi.Model")
     probe(model, build, config.model or "", options, smallest)
+    to_engine(model, config, local_rank)
+    model.skip_input_grad()
+    return model
+
+
+def to_engine(model: Model, config: Config, local_rank: int = 0) -> None:
+    """Let ``model`` compute as ``config`` says: backend, device and precision. Raises UserError where it cannot."""
+    check_ranges(config)
     try:
         if config.backend == "torch":
             model.to_torch(config.device or "cpu", index=local_rank, precision=config.precision or "float32")
+            keep_freed_memory()
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
-    model.skip_input_grad()
-    return model
 
 
 def load_trained(path: Path, name: str | None) -> Model:
@@ -206,8 +213,6 @@ def make_team(config: Config, model: Model, ranks: Ranks, shards: int) -> Team:
         workers = fewest_workers(shards, threads)
         if config.backend == "torch":  # it cuts its sums by the number of threads inside an operation: none there
             threads = workers
-    if config.backend == "torch":
-        keep_freed_memory()
     share_threads = functools.partial(F.set_threads, threads, workers)
     share_threads()
     copies = [copy.deepcopy(model) for _ in range(workers - 1)]
