@@ -144,7 +144,10 @@ class AdamW(Adam):
 
 
 def _zeros_like(param: Array) -> Array:
-    return np.zeros_like(param) if isinstance(param, np.ndarray) else param.new_zeros(param.shape)
+    """Return zeros of the parameter's shape, dtype and layout in memory, of either engine."""
+    zeros = 1 * param
+    zeros[...] = 0
+    return zeros
 
 
 def _is_retired(array: Array) -> bool:

@@ -32,6 +32,7 @@ class Reducer:
         self.ranks, self.shards, self.sizes, self.names = ranks, shards, list(sizes), list(names)
         # one message: the arrays one after another, then a flag for each shard, 0 where all is well
         self._message = np.zeros(sum(sizes) + shards, self.dtype)
+        self._sums = np.empty(sum(sizes))
         self._lock = threading.Lock()
         self._total, self._flags = self._message[: sum(sizes)], self._message[sum(sizes) :]
 
@@ -47,18 +48,20 @@ class Reducer:
     def reduce(self, step: int = 0) -> list[Array]:
         """Return the sums over all shards of all ranks as float64 arrays, and start anew at zero.
 
+        The arrays are the caller's until the next ``reduce``, which writes into the same memory.
         Raises NotFiniteError naming the step, the shard and the first bad piece where a value was not finite or beyond
         ``limit``; the next sum starts at zero all the same.
         """
         self.ranks.sum(self._message)
-        total, flags = self._decode(self._total), self._flags.copy()
+        self._decode()
+        flags = self._flags.copy()
         self._message[...] = 0
         for shard in np.flatnonzero(flags):
             blamed = int(flags[shard]) - 1
             known = blamed < len(self.names)
             where = f"the gradient of {self.names[blamed][0]}" if known else "the loss, a metric or a running statistic"
             raise NotFiniteError(f"step {step}, shard {shard}: {where} is not finite or beyond {self.limit:.3g}")
-        return np.split(total, np.cumsum(self.sizes)[:-1])
+        return np.split(self._sums, np.cumsum(self.sizes)[:-1])
 
     def _blame(self, gradient: Array) -> int:
         """Return 1 + the index of the named piece that holds the first bad value."""
@@ -75,8 +78,9 @@ class Reducer:
             total += array
         return bool(np.all(np.abs(array) <= self.limit))
 
-    def _decode(self, total: Array) -> Array:
-        return total.astype(np.float64)
+    def _decode(self) -> None:
+        """Write the totals of all ranks into the sums."""
+        self._sums[...] = self._total
 
 
 class ExactReducer(Reducer):
@@ -110,6 +114,5 @@ class ExactReducer(Reducer):
                 total[start : start + self.CHUNK] += whole
         return True
 
-    def _decode(self, total: Array) -> Array:
-        values: Array = np.multiply(total, 1 / self.ONE)  # float64; a power of two rounds nothing
-        return values
+    def _decode(self) -> None:
+        np.multiply(self._total, 1 / self.ONE, out=self._sums)  # a power of two rounds nothing

@@ -82,6 +82,7 @@ class Trainer:
         self.steps_per_epoch: int = len(self.loader)
         limit = self.config.max_steps
         self.last_step: int = self.total_steps if limit is None else min(self.total_steps, limit)
+        self.before: list[Array] = []  # copies of what an update moves, from before the newest one
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl since this trainer was made
         self.epoch_sums = np.zeros(len(self.measures))  # since the beginning of the epoch
         self.judge: Part = self.parts.get("val", self.parts["test"])  # what each epoch is evaluated on, for best.h5
@@ -135,17 +136,20 @@ class Trainer:
         """Move the weights by the summed ``gradient`` and return the mean loss; NotFiniteError leaves them alone."""
         F, optimizer = self.F, self.optimizer
         loss_sum, samples, *_, stops = totals
+        gradient /= samples
         # from here on one model: the others share its parameters; the optimizer knows views into its flat gradient
-        F.copy_into(self.flat.grads, gradient / samples)
+        F.copy_into(self.flat.grads, gradient)
         F.copy_into(self.flat.buffers, statistics_sum / samples)
         if self.config.clip:
             optim.clip_grad_norm(optimizer.parameters, self.config.clip)
         optimizer.lr = self.rate(self.step)
-        before = [self.flat.params] + [state for states in optimizer.state.values() for state in states]
-        copies = [1 * array for array in before]  # of either engine
+        moving = [self.flat.params] + [state for states in optimizer.state.values() for state in states]
+        self.before = self.before or [1 * array for array in moving]  # of either engine
+        for copy, array in zip(self.before, moving, strict=True):
+            copy[...] = array
         optimizer.step()
         if not np.isfinite(F.to_numpy(self.flat.params)).all():  # equal weights: all ranks find the same
-            for array, copy in zip(before, copies, strict=True):
+            for copy, array in zip(self.before, moving, strict=True):
                 array[...] = copy
             raise NotFiniteError(f"step {self.step}: the update made weights that are not finite")
         self.epoch_sums += totals[:-1]
