@@ -1,5 +1,6 @@
 # Two commands do everything:  make train [ARGS="--model smallresnet"]   and   make test
 # make faults [FAULTS=200]: every fault that a run is to survive (docs/faults.md)
+# make gpu: the tests that need a GPU, and how fast a step is there; skips where there is none
 # make mutants: the program broken on purpose, to see that the tests notice (docs/testing.md)
 PYTHON ?= python3
 RANKS  ?= 4
@@ -13,7 +14,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 
-.PHONY: train test test-process test-ranks faults mutants lint clean
+.PHONY: train test test-process test-ranks faults gpu mutants lint clean
 
 train: .venv/train.done
 	$(BIN)/mpirun -n $(RANKS) $(BIN)/python -m cnnmpi.train $(ARGS)
@@ -34,6 +35,11 @@ faults: .venv/test.done
 	$(BIN)/python -m pytest -m fault
 	$(BIN)/mpirun -n 3 $(BIN)/python -m pytest --with-mpi -m "fault and mpi"
 	$(BIN)/python -m cnnmpi.chaos --faults $(FAULTS) --mpirun $(BIN)/mpirun
+
+gpu: .venv/test.done
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/mpirun -n 2 $(BIN)/python -m pytest --with-mpi -m "gpu and mpi"
+	$(BIN)/python -m benchmarks.gpu
 
 mutants: .venv/test.done
 	$(BIN)/python tests/mutants.py

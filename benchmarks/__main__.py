@@ -11,7 +11,8 @@ HEAD = """# Measured speed
 
 Written by `python -m benchmarks`. Competitors take turns in processes of their own; ratios are medians over the
 rounds. A step is forward, loss, backward and optimizer on one batch of random numbers in the shape of images. First
-logits and gradients are compared (each within 1 % of the norm of PyTorch's: float32 jumps at the kinks of a ReLU).
+logits and gradients are compared (each within 1 % of the norm of PyTorch's in the same type: sums in another order jump
+at the kinks of a ReLU).
 GFLOP/s count direct convolution: Winograd's way, which multiplies less, may exceed the machine's peak. Memory is the
 peak above what the first imports take; torch.compile imports more.
 """

@@ -24,8 +24,10 @@ FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 class Competitor:
     """A worker process; ``mpirun`` is put before its command."""
 
-    def __init__(self, kind: str, model: str, batch: int, threads: int, mpirun: tuple[str, ...] = ()) -> None:
-        command = [*mpirun, sys.executable, "-m", "benchmarks.worker", kind, model, str(batch), str(threads)]
+    def __init__(
+        self, kind: str, model: str, batch: int, threads: int, mpirun: tuple[str, ...] = (), device: str = "cpu"
+    ) -> None:
+        command = [*mpirun, sys.executable, "-m", "benchmarks.worker", kind, model, str(batch), str(threads), device]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         self.steps = 1  # in a turn
         self.seconds: list[float] = []  # of a step, one for each turn

@@ -22,9 +22,11 @@ from cnnmpi.models import MODELS
 ENGINE, LOW = "torch engine", "torch engine bfloat16"
 EAGER, LAST, COMPILED, AUTOCAST = "torch eager", "torch channels_last", "torch compile", "torch autocast bfloat16"
 KINDS = ["numpy", ENGINE, LOW, EAGER, LAST, COMPILED, AUTOCAST]
-# float32 sums in another order differ by some 1e-6; where that carries a value over the kink of a ReLU or to another
-# maximum of a pool, single entries of a gradient jump, but not its norm. bfloat16 rounds at 4e-3 and jumps more often
-TOLERANCE, TOLERANCE_LOW = 0.01, 0.1
+# sums in another order differ by some 1e-6; where that carries a value over the kink of a ReLU or to another maximum of a
+# pool, single entries of a gradient jump, but not its norm. Types of fewer digits jump more: SmallResNet's gradient in
+# bfloat16, ours as autocast's, is 15 % off that in float32; so there ours is compared with autocast's
+TOLERANCE = {"float16": 0.2, "tf32": 0.2}
+USUAL_TOLERANCE = 0.01
 
 
 def operations(model: str, batch: int) -> float:
@@ -65,7 +67,7 @@ def peak(threads: int) -> float:
 
 
 def check_equal(sides: dict[str, Competitor]) -> None:
-    """Compare everybody's first logits and gradients with those of torch eager; a difference is an error."""
+    """Compare everybody's first logits and gradients with those of PyTorch in the same type; else it is an error."""
     with tempfile.TemporaryDirectory() as folder:
         results = {}
         for index, (name, side) in enumerate(sides.items()):
@@ -73,16 +75,17 @@ def check_equal(sides: dict[str, Competitor]) -> None:
             side.ask(f"check {file}")
             if not side.failure:
                 results[name] = dict(np.load(file))
-        if "torch eager" not in results:
-            raise SystemExit(f"torch eager failed, with which all are compared: {sides['torch eager'].failure}")
-        expected = results["torch eager"]
-        for name, result in results.items():
-            assert result.keys() == expected.keys(), name
-            for what in ("logits", "gradient"):
-                one, other = (_joined(arrays, what) for arrays in (result, expected))
-                error = np.linalg.norm(one - other) / np.linalg.norm(other)
-                if not error < (TOLERANCE_LOW if "bfloat16" in name else TOLERANCE):
-                    raise SystemExit(f"{name}: the {what} differs from torch eager's by {error:.2g} of its norm")
+    for name, result in results.items():
+        reference = AUTOCAST if "bfloat16" in name else EAGER
+        if reference not in results:
+            raise SystemExit(f"{reference} failed, with which {name} is compared: {sides[reference].failure}")
+        expected = results[reference]
+        assert result.keys() == expected.keys(), name
+        for what in ("logits", "gradient"):
+            one, other = (_joined(arrays, what) for arrays in (result, expected))
+            error = np.linalg.norm(one - other) / np.linalg.norm(other)
+            if not error < TOLERANCE.get(name.split()[-1], USUAL_TOLERANCE):
+                raise SystemExit(f"{name}: the {what} differs from {reference}'s by {error:.2g} of its norm")
 
 
 def _joined(arrays: dict[str, Any], what: str) -> Any:

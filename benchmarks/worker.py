@@ -1,6 +1,6 @@
 """One competitor in a process of its own: obeys lines on standard input, answers each by a line of JSON.
 
-    python -m benchmarks.worker KIND MODEL BATCH THREADS
+    python -m benchmarks.worker KIND MODEL BATCH THREADS DEVICE
 
 ``check FILE`` writes logits and gradients of the first step, ``steps N`` answers the seconds that N steps took,
 ``memory`` the peak resident memory in MiB since the imports. Under mpirun, rank 0 listens for all: "ranks" train
@@ -41,12 +41,12 @@ def resident(what: str) -> float:
 
 
 class Ours:
-    """cnnmpi's layers and optimizer, on NumPy or on torch."""
+    """cnnmpi's layers and optimizer, on NumPy or on torch; the kind's last word may be a precision."""
 
-    def __init__(self, kind: str, model: str, batch: int, threads: int) -> None:
+    def __init__(self, kind: str, model: str, batch: int, threads: int, device: str = "cpu") -> None:
         self.model: Model = MODELS[model](seed=0)
         if kind.startswith("torch engine"):
-            self.model.to_torch(precision="bfloat16" if kind.endswith("bfloat16") else "float32")
+            self.model.to_torch(device, precision=kind.removeprefix("torch engine").strip() or "float32")
             keep_freed_memory()
         self.model.F.set_threads(threads)
         self.model.skip_input_grad()
@@ -74,22 +74,22 @@ class Ours:
 class Torch:
     """torch.nn with autograd: eager, eager channels_last, that with autocast to bfloat16, or compiled."""
 
-    def __init__(self, kind: str, model: str, batch: int, threads: int) -> None:
+    def __init__(self, kind: str, model: str, batch: int, threads: int, device: str = "cpu") -> None:
         import torch
 
         from benchmarks.torch_twin import torch_twin
 
         torch.set_num_threads(threads)
         layout = torch.contiguous_format if kind == "torch eager" else torch.channels_last
-        twin = torch_twin(MODELS[model](seed=0)).to(memory_format=layout)
+        twin = torch_twin(MODELS[model](seed=0)).to(device, memory_format=layout)
         x, y = inputs(batch)
-        self.x, self.y = torch.from_numpy(x).contiguous(memory_format=layout), torch.from_numpy(y)
+        self.x, self.y = torch.from_numpy(x).to(device, memory_format=layout), torch.from_numpy(y).to(device)
         self.twin, self.forward = twin, torch.compile(twin) if kind == "torch compile" else twin
         decayed = [p for p in twin.parameters() if p.ndim > 1]
         others = [p for p in twin.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others}]
         self.optimizer = torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM, nesterov=True)
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled="autocast" in kind)
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled="autocast" in kind)
 
     def gradients(self) -> Any:
         from torch.nn.functional import cross_entropy
@@ -106,8 +106,9 @@ class Torch:
         self.optimizer.step()
 
     def check(self) -> dict[str, np.ndarray[Any, Any]]:
-        logits = self.gradients().detach().float().numpy()
-        return {"logits": logits, **{n: p.grad.numpy() for n, p in self.twin.named_parameters() if p.grad is not None}}
+        logits = self.gradients().detach().float().cpu().numpy()
+        grads = {n: p.grad.cpu().numpy() for n, p in self.twin.named_parameters() if p.grad is not None}
+        return {"logits": logits, **grads}
 
 
 class Trained:
@@ -153,13 +154,23 @@ def ddp(rank: int, kind: str, model: str, batch: int, port: int) -> None:
             timed(side.step, count)
 
 
-def timed(step: Callable[[], Any], count: int) -> float:
+def timed(step: Callable[[], Any], count: int, device: str = "cpu") -> float:
     """Return the seconds of ``count`` steps, after one that brings this competitor's data back into the caches."""
     step()
+    wait_for(device)
     started = time.perf_counter()
     for _ in range(count):
         step()
+    wait_for(device)
     return time.perf_counter() - started
+
+
+def wait_for(device: str) -> None:
+    """Return when the device has done all that it was told."""
+    if device != "cpu":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def serve(answers: dict[str, Callable[[str], Any]]) -> None:
@@ -194,7 +205,7 @@ def serve_ranks(ranks: Ranks, step: Callable[[], Any]) -> None:
 
 
 def main() -> None:
-    kind, model, batch, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    kind, model, batch, threads, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     if kind.startswith(("ranks", "apart")):
         ranks = start()
         what, _, precision = kind.partition(" ")
@@ -211,11 +222,11 @@ def main() -> None:
     if kind != "numpy":
         import torch  # noqa: F401 - before the memory is measured
     before = resident("VmRSS")
-    side = (Ours if kind.startswith(("numpy", "torch engine")) else Torch)(kind, model, batch, threads)
+    side = (Ours if kind.startswith(("numpy", "torch engine")) else Torch)(kind, model, batch, threads, device)
     serve(
         {
             "check": lambda file: np.savez(file, **side.check()),
-            "steps": lambda count: timed(side.step, int(count)),
+            "steps": lambda count: timed(side.step, int(count), device),
             "memory": lambda _: resident("VmHWM") - before,
         }
     )

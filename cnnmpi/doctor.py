@@ -140,15 +140,21 @@ def check_blas(ranks: Ranks) -> Finding:
 
 def check_torch() -> Finding:
     """Tell what PyTorch could do; in a process of its own, as its import is slow and may crash."""
-    code = "import torch; print('', torch.__version__, torch.cuda.device_count(), sep='\\n')"
+    code = (
+        "import torch; told = lambda name: getattr(torch.cpu, name, bool)(); "
+        "fast = [what for what, name in (('AMX', '_is_amx_tile_supported'), ('AVX-512', '_is_avx512_bf16_supported'))"
+        " if told(name)]; "
+        "print('', torch.__version__, torch.cuda.device_count(), (fast + ['none'])[0], sep='\\n')"
+    )
     try:
         result = _run([sys.executable, "-c", code], dict(os.environ))
     except subprocess.TimeoutExpired:
         return Finding("PyTorch takes more than 60 s to be imported", "leave --backend torch out until it works")
     if result.returncode:
         return Finding("PyTorch is not installed: --backend torch is not available, all else is")
-    version, gpus = result.stdout.splitlines()[-2:]
-    return Finding(f"PyTorch {version}, {gpus} GPU{'s' * (gpus != '1')}")
+    version, gpus, bfloat16 = result.stdout.splitlines()[-3:]
+    worth = f"bfloat16 by {bfloat16}" if bfloat16 != "none" else "no instructions for bfloat16 found: float32 is faster"
+    return Finding(f"PyTorch {version}, {gpus} GPU{'s' * (gpus != '1')}; {worth}")
 
 
 def check_folder(out: Path) -> Finding:

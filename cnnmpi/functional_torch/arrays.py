@@ -20,10 +20,15 @@ def choose_device(device: str, index: int = 0) -> str:
         raise ValueError(f"unknown device {device!r}: expected cpu, cuda or cuda:N")
     if kind == "cpu":
         return "cpu"
-    count = torch.cuda.device_count()
+    count = count_gpus()
     if int(number or 0) >= count:
         raise ValueError(f"device {device!r} is not available: PyTorch finds {count} CUDA devices")
     return f"cuda:{number or index % count}"
+
+
+def count_gpus() -> int:
+    """Return how many CUDA devices this process sees."""
+    return int(torch.cuda.device_count())
 
 
 def be_deterministic(products: str) -> None:

@@ -109,17 +109,30 @@ def _step(line: str) -> int | None:
     return step if type(step) is int else None
 
 
-def greeting(config: Config, dataset: Dataset, parts: Mapping[str, Any], ranks: Ranks, threads: int) -> list[str]:
-    """Return lines that say what is about to be trained, on what, and what would make it faster."""
+def greeting(
+    config: Config, dataset: Dataset, parts: Mapping[str, Any], ranks: Ranks, threads: int, gpus: int = 0
+) -> list[str]:
+    """Return lines that say what is about to be trained, on what, and what would make it faster.
+
+    ``gpus`` is how many this host has, where it computes on them.
+    """
     shards, cores = config.shards, ranks.cores_on_node
+    precision = "" if config.precision == "float32" else f" in {config.precision}"
     lines = [
         f"{config.model} on {dataset.source}: {len(parts['train'].labels)} training"
         f"{', {} validation'.format(len(parts['val'].labels)) if 'val' in parts else ''} and "
         f"{len(parts['test'].labels)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
-        f"thread{'s' * (threads > 1)}, {config.backend}" + f", loss {config.loss}" * (dataset.train_labels.ndim > 1)
+        f"thread{'s' * (threads > 1)}, {config.backend}{precision}"
+        + f", loss {config.loss}"
+        * (dataset.train_labels.ndim > 1)
     ]
     if not isinstance(dataset.train_images, np.ndarray):
         lines.append("note: images are read from their file as they are needed (--data-in)")
+    if 0 < gpus < ranks.local_size:
+        lines.append(
+            f"note: {ranks.local_size} ranks share {gpus} GPU{'s' * (gpus > 1)} of this host: the result is the same, "
+            "but as many ranks as GPUs would be faster"
+        )
     if ranks.oversubscribed:
         lines.append(
             f"note: {ranks.local_size} ranks share {cores} cores of this host: the result is the "

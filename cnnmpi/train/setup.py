@@ -116,7 +116,7 @@ def set_up(
         hooks=hooks or Hooks(),
         signals=signals,
         watchdog=watchdog,
-        greeting=greeting(config, described.dataset, parts, ranks, team.threads),
+        greeting=greeting(config, described.dataset, parts, ranks, team.threads, gpus(config, model)),
         how_to_resume=f"python -m cnnmpi.train --resume --out {folder.path}",
     )
     if saved is not None:
@@ -189,6 +189,13 @@ def to_engine(model: Model, config: Config, local_rank: int = 0) -> None:
             keep_freed_memory()
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
+
+
+def gpus(config: Config, model: Model) -> int:
+    """Return how many GPUs the ranks of this host share: one, where --device names it."""
+    if not (config.device or "cpu").startswith("cuda"):
+        return 0
+    return 1 if ":" in (config.device or "") else int(model.F.count_gpus())
 
 
 def load_trained(path: Path, name: str | None) -> Model:
