@@ -22,8 +22,8 @@ from cnnmpi.models import MODELS
 ENGINE, LOW = "torch engine", "torch engine bfloat16"
 EAGER, LAST, COMPILED, AUTOCAST = "torch eager", "torch channels_last", "torch compile", "torch autocast bfloat16"
 KINDS = ["numpy", ENGINE, LOW, EAGER, LAST, COMPILED, AUTOCAST]
-# sums in another order differ by some 1e-6; where that carries a value over a ReLU's kink or to another maximum of
-# a pool, single entries of a gradient jump, but not its norm. Types of fewer digits jump more: SmallResNet's gradient in
+# sums in another order differ by some 1e-6; where that carries a value over the kink of a ReLU or to another maximum,
+# single entries of a gradient jump, but not its norm. Types of fewer digits jump more: SmallResNet's gradient in
 # bfloat16, ours as autocast's, is 15 % off that in float32; so there ours is compared with autocast's
 TOLERANCE = {"float16": 0.2, "tf32": 0.2}
 USUAL_TOLERANCE = 0.01

@@ -1,6 +1,7 @@
 """What the machine gives: cores after affinity and quotas, in made-up /proc and control groups; BLAS's threads."""
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -171,6 +172,24 @@ def test_a_process_needs_at_least_one_thread():
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_that_is_freed_is_kept_for_the_next_array_where_the_c_library_can():
+    """In a process of its own: its faults of pages while large arrays come and go."""
+    code = (
+        "import resource, sys; import numpy as np; from cnnmpi.machine import keep_freed_memory; "
+        "keep_freed_memory() if sys.argv[1] == 'keep' else None; touch = lambda: np.ones(1 << 23); touch(); "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; all(touch().any() for _ in range(4)); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": "0"}
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, how], env=environment, capture_output=True, check=True).stdout)
+        for how in ("keep", "give back")
+    )
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    assert kept < given_back / 10, "64 MiB are 16384 pages of 4 KiB"
 
 
 def test_memory_to_share_is_reserved_where_there_is_room(monkeypatch, tmp_path):

@@ -359,21 +359,22 @@ def test_a_model_inside_a_model_is_a_layer():
     model.to_torch().to_numpy()
 
 
+@pytest.mark.parametrize("attribute", ["layers", "filters"])
 @pytest.mark.parametrize(
     "hidden", [[L.ReLU()], (L.ReLU(),), {"a": L.Linear(2, 2)}, [[L.ReLU()]], {L.Identity()}], ids=str
 )
-def test_layers_that_nobody_would_find_are_an_error_at_every_door(hidden):
+def test_layers_that_nobody_would_find_are_an_error_at_every_door(hidden, attribute):
     class Net(Model):
         def __init__(self):
             super().__init__()
             self.first = L.Linear(2, 2)
-            self.layers = hidden
+            setattr(self, attribute, hidden)
 
     class Grown(L.Sequential):
         pass
 
     for call in ("parameters", "train", "eval", "state_dict", "to_numpy"):
-        with pytest.raises(ValueError, match=r"layers is a .* of layers, which would not learn: make it a Sequential"):
+        with pytest.raises(ValueError, match=rf"{attribute} is a .* of layers, which would not learn: make it a"):
             getattr(Net(), call)()
     with pytest.raises(ValueError, match="make it a Sequential"):
         Net().forward(np.zeros((1, 2), np.float32))

@@ -1,6 +1,9 @@
 """The torch engine with products of fewer bits: as exact as these allow, float32 where numbers are summed."""
 
 import copy
+import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +11,10 @@ import pytest
 import cnnmpi
 from cnnmpi import functional_torch
 from cnnmpi import layers as L
+from cnnmpi.data import synthetic
+from cnnmpi.train import Config
+from cnnmpi.train.report import greeting
+from cnnmpi.train.setup import gpus
 from tests.every_layer import LAYERS
 from tests.twins import Wrapped, rng, torch
 
@@ -86,6 +93,43 @@ def test_three_backward_passes_are_bit_equal_and_a_copy_computes_alike(precision
         each.backward(logits)
         seen.append(b"".join(each.F.to_numpy(grad).tobytes() for _, grad in each.parameters()))
     assert len(set(seen)) == 1
+
+
+def test_the_greeting_names_the_precision_and_a_gpu_that_several_ranks_share():
+    data = synthetic(train=8, test=4)
+    parts = {name: SimpleNamespace(labels=data.test_labels) for name in ("train", "test")}
+    ranks = SimpleNamespace(size=4, local_size=4, cores_on_node=4, oversubscribed=False)
+    config = Config(model="simplecnn", shards=8, backend="torch", device="cuda", precision="bfloat16")
+    first, *notes = greeting(config, data, parts, ranks, 1, gpus=2)
+    assert first.endswith("4 ranks with 1 thread, torch in bfloat16")
+    assert len(notes) == 1 and notes[0].startswith("note: 4 ranks share 2 GPUs of this host: the result is the same")
+    assert len(greeting(config, data, parts, ranks, 1, gpus=4)) == len(greeting(config, data, parts, ranks, 1)) == 1
+    plain = replace(config, backend="numpy", device="cpu", precision="float32")
+    assert greeting(plain, data, parts, ranks, 1)[0].endswith("4 ranks with 1 thread, numpy")
+
+
+def test_the_gpus_that_ranks_share_are_all_or_the_one_that_is_named():
+    model = SimpleNamespace(F=SimpleNamespace(count_gpus=lambda: 3))
+    assert [gpus(Config(device=device), model) for device in (None, "cpu", "cuda", "cuda:2")] == [0, 0, 3, 1]
+    assert functional_torch.count_gpus() == torch.cuda.device_count()
+
+
+def test_on_a_gpu_kernels_are_deterministic_and_products_rounded_only_for_tf32(monkeypatch):
+    """What PyTorch is told, without a GPU; it is put back afterwards."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    told = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    before = [each.fp32_precision for each in told]
+    try:
+        for precision, products in (("tf32", "tf32"), ("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "ieee")):
+            functional_torch.engine(precision, "cuda:0")
+            assert [each.fp32_precision for each in told] == [products] * 2
+            assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            torch.use_deterministic_algorithms(False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for each, value in zip(told, before, strict=True):
+            each.fp32_precision = value
 
 
 def test_an_unknown_precision_is_refused_and_numpy_comes_back():

@@ -13,7 +13,7 @@ from cnnmpi import functional
 Array = Any  # a NumPy array, or a torch tensor after to_torch()
 Pair = tuple[Array, Array]
 
-ARRAYS = {"params", "grads", "buffers", "_cache", "filters"}  # attributes of layers: the containers without layers
+ARRAYS = {"params", "grads", "buffers", "_cache"}  # attributes of every layer: containers without layers
 CONTAINERS = (list, tuple, set, dict)
 
 
@@ -189,7 +189,9 @@ class Layer:
 
     # -- for layers --------------------------------------------------------------------------------------------------
 
-    lists: tuple[str, ...] = ()  # attributes that hold layers which ``children`` yields
+    lists: tuple[
+        str, ...
+    ] = ()  # containers in which ``children`` need not look for layers: it yields them, or has none
 
     def _rename(self, name: str) -> None:
         """Be called ``name`` from now on, and the layers inside accordingly."""

@@ -21,6 +21,7 @@ class Convolution(Layer):
     """
 
     filters: dict[str, Array] | None = None
+    lists = ("filters",)
 
     def _forget(self) -> None:
         super()._forget()
