@@ -189,9 +189,7 @@ class Layer:
 
     # -- for layers --------------------------------------------------------------------------------------------------
 
-    lists: tuple[
-        str, ...
-    ] = ()  # containers in which ``children`` need not look for layers: it yields them, or has none
+    lists: tuple[str, ...] = ()  # containers in which ``children`` looks for nothing more
 
     def _rename(self, name: str) -> None:
         """Be called ``name`` from now on, and the layers inside accordingly."""
