@@ -14,7 +14,16 @@ import pytest
 
 from cnnmpi import Config, set_up
 from cnnmpi.data import synthetic, write_hdf5
-from cnnmpi.distributed import ExactReducer, Ranks, Reducer, RemoteError, UserError, failing_together, start
+from cnnmpi.distributed import (
+    DeviceReducer,
+    ExactReducer,
+    Ranks,
+    Reducer,
+    RemoteError,
+    UserError,
+    failing_together,
+    start,
+)
 from tests.jobs import MPIRUN, needs_mpirun
 
 SHARDS = 8
@@ -78,6 +87,22 @@ def test_exact_sums_lose_nothing_from_the_largest_value_to_the_smallest():
 
 
 @pytest.mark.mpi(min_size=1)
+def test_a_sum_on_a_device_has_the_same_bits(ranks):
+    torch = pytest.importorskip("torch")
+    device, host = (kind(ranks, SHARDS, [1000, 3]) for kind in (DeviceReducer, ExactReducer))
+    for seed in range(2):  # the second sum starts at zero
+        for shard, (gradient, counts) in enumerate(contributions(seed)):
+            if shard % ranks.size == ranks.rank:
+                tensor = torch.from_numpy(gradient.copy())
+                device.add(shard, tensor, counts)
+                device.add(shard, None, None)
+                host.add(shard, gradient, counts)
+                assert tensor.numpy().tobytes() == gradient.tobytes(), "left alone"
+        for mine, theirs in zip(device.reduce(), host.reduce(), strict=True):
+            assert mine.tobytes() == theirs.tobytes() and mine.any()
+
+
+@pytest.mark.mpi(min_size=1)
 def test_any_is_true_on_all_ranks_where_it_is_on_one(ranks):
     assert not ranks.any(False)
     assert ranks.any(ranks.rank == ranks.size - 1)
@@ -95,14 +120,22 @@ def test_a_reducer_starts_anew_and_none_adds_nothing(ranks):
 
 @pytest.mark.fault
 @pytest.mark.mpi(min_size=1)
-@pytest.mark.parametrize("kind", [ExactReducer, Reducer])
+@pytest.mark.parametrize("kind", [ExactReducer, Reducer, DeviceReducer])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
-def test_every_rank_hears_of_a_bad_value_on_one(ranks, kind, bad):
-    reducer = kind(ranks, SHARDS, [4, 1], names=[("conv.weight", 3), ("conv.bias", 1)])
-    mine = np.array([1, 2, 3, bad if ranks.rank == ranks.size - 1 else 4], np.float32)
-    reducer.add(ranks.rank, mine, np.array([1.0]))
-    with pytest.raises(UserError, match=rf"step 17, shard {ranks.size - 1}: the gradient of conv.bias"):
-        reducer.reduce(step=17)
+@pytest.mark.parametrize("place, name", [(0, "weight"), (2, "weight"), (3, "bias"), (4, "bias"), (5, "scale")])
+def test_every_rank_hears_of_a_bad_value_on_one(ranks, kind, bad, place, name):
+    reducer = kind(ranks, SHARDS, [6, 1], names=[("weight", 3), ("bias", 2), ("scale", 1)])
+    array = pytest.importorskip("torch").from_numpy if kind.on_device else np.asarray
+    for step in (17, 18):  # the first bad value is named; what is good in the second sum is not
+        mine = np.ones(6, np.float32)
+        if ranks.rank == ranks.size - 1:
+            mine[place:] = bad
+        reducer.add(ranks.rank, array(mine), np.array([1.0]))
+        said = rf"step {step}, shard {ranks.size - 1}: the gradient of {name} is not finite or beyond"
+        with pytest.raises(UserError, match=said), np.errstate(all="ignore"):
+            reducer.reduce(step)
+    reducer.add(ranks.rank, array(np.ones(6, np.float32)), np.array([1.0]))
+    assert reducer.reduce()[0].tolist() == [ranks.size] * 6
 
 
 @pytest.mark.mpi(min_size=1)

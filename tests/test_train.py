@@ -20,7 +20,7 @@ from cnnmpi.data import Dataset, synthetic, write_hdf5
 from cnnmpi.distributed import Ranks, RemoteError, UserError
 from cnnmpi.functional import blocks, cross_entropy_loss, whitening
 from cnnmpi.models import MobileNet, Model, ResNet18, SimpleCNN, SmallResNet
-from cnnmpi.train import Config, Trainer, evaluate, evaluation, scaling, set_up
+from cnnmpi.train import Config, Trainer, evaluate, evaluation, scaling, set_up, setup
 from cnnmpi.train import config as settings
 from cnnmpi.train.code import Code
 from cnnmpi.train.team import Team
@@ -142,6 +142,17 @@ def test_mixed_and_balanced_batches_are_the_same_on_any_number_of_ranks(ranks, s
     resumed = new(Config(out=alone.out, resume="auto"), Ranks())
     assert resumed.run() == 0 and resumed.step == together.step
     assert state(together) == state(resumed)
+
+
+@pytest.mark.mpi(min_size=1)
+def test_gradients_that_are_summed_on_their_device_give_the_same_bits(ranks, shared_tmp, tmp_path, data, monkeypatch):
+    pytest.importorskip("torch")
+    options = {"model": "smallresnet", "data": data, "backend": "torch"}
+    usual = train(tmp_path / "alone", Ranks(), **options)
+    monkeypatch.setattr(setup, "ExactReducer", setup.DeviceReducer)  # as for a GPU; here, the device is the host
+    together = train(shared_tmp / "together", ranks, **options)
+    assert together.reducer.on_device and not usual.reducer.on_device
+    assert state(together) == state(usual)
 
 
 @pytest.mark.mpi(min_size=1)

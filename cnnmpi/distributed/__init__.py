@@ -10,9 +10,10 @@ from cnnmpi.distributed.errors import DisagreementError, NotFiniteError, RemoteE
 from cnnmpi.distributed.job import failing_together, launched, little_shared_memory, start
 from cnnmpi.distributed.last_words import say
 from cnnmpi.distributed.ranks import Ranks
-from cnnmpi.distributed.reduction import ExactReducer, Reducer
+from cnnmpi.distributed.reduction import DeviceReducer, ExactReducer, Reducer
 
 __all__ = [
+    "DeviceReducer",
     "DisagreementError",
     "ExactReducer",
     "NotFiniteError",

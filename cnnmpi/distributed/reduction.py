@@ -25,6 +25,7 @@ class Reducer:
 
     """
 
+    on_device = False  # whether the first array may be a tensor on a device
     dtype: Any = np.float32
     limit = float(np.finfo(np.float32).max) / 2
 
@@ -65,12 +66,12 @@ class Reducer:
 
     def _blame(self, gradient: Array) -> int:
         """Return 1 + the index of the named piece that holds the first bad value."""
-        start = 0
-        for index, (_, size) in enumerate(self.names):
-            if not np.all(np.abs(gradient[start : start + size]) <= self.limit):
-                return index + 1
-            start += size
-        return len(self.names) + 1
+        return self._piece(int(np.argmin(np.abs(gradient) <= self.limit)))
+
+    def _piece(self, place: int) -> int:
+        """Return 1 + the index of the named piece of the first array that holds the number at ``place``."""
+        ends = np.cumsum([size for _, size in self.names])
+        return 1 + int(np.searchsorted(ends, place, side="right"))
 
     def _accumulate(self, array: Array, total: Array) -> bool:
         """Add ``array`` to ``total``; return whether all its values were in range."""
@@ -116,3 +117,38 @@ class ExactReducer(Reducer):
 
     def _decode(self) -> None:
         np.multiply(self._total, 1 / self.ONE, out=self._sums)  # a power of two rounds nothing
+
+
+class DeviceReducer(ExactReducer):
+    """An ExactReducer whose first array is a torch tensor on a GPU: rounded and added up there, to the same integers.
+
+    A shard's gradients never leave the device, and nobody waits for it; ``reduce`` copies the sum to the host once.
+    """
+
+    on_device = True
+    _sum: Any = None  # of the first arrays, int64, on their device
+    _bad: Any = None  # for each shard 1 + the place of its first bad value, or 0; there, too
+
+    def add(self, shard: int, *arrays: Any) -> None:
+        """Add the arrays of one shard; the first is a tensor. See ``Reducer.add``."""
+        first, *others = arrays
+        super().add(shard, None, *others)
+        if first is None:
+            return
+        whole, bad = (first * self.ONE).round().long(), ~(first.abs() <= self.limit)
+        place = (1 + bad.byte().argmax()) * bad.any()
+        with self._lock:
+            if self._sum is None:
+                self._sum, self._bad = 0 * whole, whole.new_zeros(self.shards)
+            self._sum += whole
+            self._bad[shard] = place
+
+    def reduce(self, step: int = 0) -> list[Array]:
+        """Return the sums, on the host. See ``Reducer.reduce``."""
+        if self._sum is not None:
+            self._total[: self.sizes[0]] = self._sum.cpu().numpy()
+            for shard, place in enumerate(self._bad.tolist()):
+                if place:
+                    self._flags[shard] = self._piece(place - 1)
+            self._sum[...], self._bad[...] = 0, 0
+        return super().reduce(step)

@@ -19,7 +19,7 @@ import cnnmpi
 from cnnmpi import checkpoint, optim
 from cnnmpi.console import printable
 from cnnmpi.data import Dataset
-from cnnmpi.distributed import ExactReducer, Ranks, Reducer, UserError
+from cnnmpi.distributed import DeviceReducer, ExactReducer, Ranks, Reducer, UserError
 from cnnmpi.machine import keep_freed_memory
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
@@ -89,7 +89,8 @@ def set_up(
     ranks.agree("their metrics", measures.names)
     sizes = [len(flats[model].grads), len(flats[model].buffers), len(measures) + 1]
     names = [(name, math.prod(param.shape)) for name, (param, _) in model.named_parameters().items()]
-    reducer = (ExactReducer if config.reduction == "exact" else Reducer)(ranks, shards, sizes, names)
+    exact = DeviceReducer if (config.device or "cpu") != "cpu" else ExactReducer
+    reducer = (exact if config.reduction == "exact" else Reducer)(ranks, shards, sizes, names)
 
     assert config.out is not None  # resolve() has set it
     folder = RunFolder(config.out, ranks)

@@ -114,7 +114,8 @@ class Trainer:
             sums = self.measures.sums(loss, F.to_numpy(logits), y)
             # exact in float64, so that the exact reduction leaves statistics that did not move as they are
             statistics_sum = F.to_numpy(flat.buffers) * np.float64(len(y))
-            self.reducer.add(shard, F.to_numpy(flat.grads), statistics_sum, np.append(sums, 0))
+            gradient = flat.grads if self.reducer.on_device else F.to_numpy(flat.grads)
+            self.reducer.add(shard, gradient, statistics_sum, np.append(sums, 0))
 
         self.team.map(train_shard, self.shards)
         if self.signals.asked:
