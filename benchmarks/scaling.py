@@ -2,7 +2,8 @@
 
     python -m benchmarks.scaling [--model smallresnet]
 
-cnnmpi trains from its data set, with augmentation and exact reduction; DDP gets the same ready-made batch each time.
+cnnmpi trains from its data set, with augmentation and exact reduction, in 8 shards, which any 1 to 8 ranks can share,
+where nothing else is said; DDP gets the same ready-made batch each time, and each process its half in one piece.
 Two processes that share nothing but the machine, on a batch each, show what two of its cores give at most.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from benchmarks.rounds import Competitor, hardware, options, ratios, refuse_slow_blas, spread, table, take_turns
 
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-BFLOAT16 = "2 ranks, torch bfloat16"
+BFLOAT16, TWO_SHARDS = "2 ranks, torch bfloat16", "2 ranks, torch bfloat16, 2 shards"
 APART = "2 processes, a whole batch each"
 MPIRUN = shutil.which("mpirun", path=PATH) or "mpirun"
 
@@ -29,6 +30,7 @@ def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
     for count in range(2, most_ranks + 1, 2):
         sides[f"{count} ranks, 1 thread"] = Competitor("ranks", model, batch, 1, (MPIRUN, "-n", str(count)))
     sides[BFLOAT16] = Competitor("ranks bfloat16", model, batch, 1, (MPIRUN, "-n", "2"))
+    sides[TWO_SHARDS] = Competitor("ranks bfloat16 2", model, batch, 1, (MPIRUN, "-n", "2"))
     sides[APART] = Competitor("apart", model, batch, 1, (MPIRUN, "-n", "2"))
     ddp = ["DDP, 2 processes", "DDP channels_last, 2 processes", "DDP autocast bfloat16, 2 processes"]
     for name, kind in zip(ddp, ("ddp", "ddp channels_last", "ddp autocast"), strict=True):
@@ -44,6 +46,7 @@ def compare(model: str, batch: int, rounds: int, most_ranks: int) -> str:
         side.close()
     words = [ratios(sides, "2 ranks, 1 thread", ["1 process, 1 thread", *ddp[:2]]),
              ratios(sides, BFLOAT16, ddp[2:]),
+             ratios(sides, TWO_SHARDS, ddp[2:]),
              ratios(sides, "1 process, 2 threads", ["1 process, 1 thread"])]  # fmt: skip
     if alone := [
         one / two for one, two in zip(sides["1 process, 1 thread"].seconds, sides[APART].seconds, strict=False)

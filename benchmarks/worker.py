@@ -114,14 +114,18 @@ class Torch:
 class Trained:
     """cnnmpi's whole trainer, with its data path, augmentation and exact reduction, on all ranks."""
 
-    def __init__(self, ranks: Ranks, model: str, batch: int, threads: int, precision: str | None = None) -> None:
+    def __init__(
+        self, ranks: Ranks, model: str, batch: int, threads: int, precision: str = "", shards: int | None = None
+    ) -> None:
         self.folder = tempfile.TemporaryDirectory()
         from cnnmpi.train import set_up
         from cnnmpi.train.config import Config
 
         out = Path(ranks.on_rank0(lambda: self.folder.name)) / "run"
         engine: dict[str, Any] = {"backend": "torch", "precision": precision} if precision else {}
-        config = Config(model=model, batch_size=batch, threads=threads, data="synthetic", out=out, **engine)
+        config = Config(
+            model=model, batch_size=batch, shards=shards, threads=threads, data="synthetic", out=out, **engine
+        )
         self.trainer = set_up(config, ranks)
 
     def step(self) -> None:
@@ -208,8 +212,10 @@ def main() -> None:
     kind, model, batch, threads, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     if kind.startswith(("ranks", "apart")):
         ranks = start()
-        what, _, precision = kind.partition(" ")
-        serve_ranks(ranks, Trained(ranks if what == "ranks" else Ranks(), model, batch, threads, precision).step)
+        what, precision, shards, *_ = [*kind.split(), "", ""]
+        together = ranks if what == "ranks" else Ranks()
+        trained = Trained(together, model, batch, threads, precision, int(shards) if shards else None)
+        serve_ranks(ranks, trained.step)
         return
     if kind.startswith("ddp"):
         import torch.multiprocessing as mp
