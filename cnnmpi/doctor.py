@@ -153,8 +153,8 @@ def check_torch() -> Finding:
     if result.returncode:
         return Finding("PyTorch is not installed: --backend torch is not available, all else is")
     version, gpus, bfloat16 = result.stdout.splitlines()[-3:]
-    worth = f"bfloat16 by {bfloat16}" if bfloat16 != "none" else "no instructions for bfloat16 found: float32 is faster"
-    return Finding(f"PyTorch {version}, {gpus} GPU{'s' * (gpus != '1')}; {worth}")
+    known = f"has bfloat16 by {bfloat16}" if bfloat16 != "none" else "is not known to have bfloat16"
+    return Finding(f"PyTorch {version}, {gpus} GPU{'s' * (gpus != '1')}; the processor {known}")
 
 
 def check_folder(out: Path) -> Finding:

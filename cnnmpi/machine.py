@@ -173,8 +173,10 @@ def keep_freed_memory() -> None:
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
-        for parameter, nbytes in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1)):
-            ctypes.CDLL(None).mallopt(parameter, nbytes)
+        mallopt = ctypes.CDLL(None).mallopt
+        # before 2.35 arrays beyond 32 MiB come from the kernel whatever one asks for
+        if mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25):
+            mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 # -- BLAS --------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Optimizer:
         self.weight_decay = weight_decay
         self.decay_all = decay_all
         self.steps = 0
-        self.state: dict[str, list[Array]] = {slot: [_zeros_like(p) for p, _ in parameters] for slot in self.slots}
+        self.state: dict[str, list[Array]] = {slot: [zeros_like(p) for p, _ in parameters] for slot in self.slots}
 
     def step(self) -> None:
         """Update every parameter in place from its gradient. Raises RuntimeError for arrays that were replaced."""
@@ -143,9 +143,11 @@ class AdamW(Adam):
         super().__init__(parameters, lr, betas, eps, weight_decay, decay_all)
 
 
-def _zeros_like(param: Array) -> Array:
-    """Return zeros of the parameter's shape, dtype and layout in memory, of either engine."""
-    zeros = 1 * param
+def zeros_like(array: Array) -> Array:
+    """Return zeros of the shape, dtype and layout in memory of ``array``, of either engine."""
+    if isinstance(array, np.ndarray):
+        return np.zeros_like(array)
+    zeros = 1 * array
     zeros[...] = 0
     return zeros
 

@@ -17,6 +17,7 @@ from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import (
     DeviceReducer,
     ExactReducer,
+    NotFiniteError,
     Ranks,
     Reducer,
     RemoteError,
@@ -136,6 +137,18 @@ def test_every_rank_hears_of_a_bad_value_on_one(ranks, kind, bad, place, name):
             reducer.reduce(step)
     reducer.add(ranks.rank, array(np.ones(6, np.float32)), np.array([1.0]))
     assert reducer.reduce()[0].tolist() == [ranks.size] * 6
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", [ExactReducer, Reducer, DeviceReducer])
+def test_a_bad_loss_is_named_before_the_gradients_that_came_of_it(kind):
+    array = pytest.importorskip("torch").from_numpy if kind.on_device else np.asarray
+    reducer = kind(Ranks(), SHARDS, [2, 1], names=[("weight", 2)])
+    for loss, said, backward in ((1.0, "the gradient of weight", True), (np.nan, "the loss, a metric or", False)):
+        reducer.add(0, array(np.array([np.nan, 1], np.float32)), np.array([loss]))
+        with pytest.raises(NotFiniteError, match=said) as caught, np.errstate(all="ignore"):
+            reducer.reduce()
+        assert caught.value.backward == backward
 
 
 @pytest.mark.mpi(min_size=1)

@@ -7,6 +7,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +191,25 @@ def test_memory_that_is_freed_is_kept_for_the_next_array_where_the_c_library_can
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("another C library")
     assert kept < given_back / 10, "64 MiB are 16384 pages of 4 KiB"
+
+
+@pytest.mark.parametrize(
+    "most, told",
+    [(1 << 40, [(-3, 1 << 30), (-1, (1 << 31) - 1)]), (1 << 25, [(-3, 1 << 25), (-1, (1 << 31) - 1)]), (0, [])],
+)
+def test_a_c_library_that_refuses_a_threshold_is_told_nothing_else(monkeypatch, most, told):
+    """The one without the other would take every large array from the kernel, for good."""
+    accepted = []
+
+    def mallopt(parameter, value):
+        if parameter == -3 and value > most:
+            return 0
+        accepted.append((parameter, value))
+        return 1
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    machine.keep_freed_memory()
+    assert accepted == told
 
 
 def test_memory_to_share_is_reserved_where_there_is_room(monkeypatch, tmp_path):

@@ -540,7 +540,10 @@ def test_a_resume_on_a_full_disk_is_one_line_on_rank_0_and_ends_all(ranks, share
 @pytest.mark.fault
 @pytest.mark.parametrize(
     "lr, message",
-    [(1e30, r"step \d+, shard \d+: the gradient of .* is not finite"), (1e39, "made weights that are not finite")],
+    [
+        (1e30, r"step \d+, shard \d+: the loss, a metric or a running statistic is not finite"),
+        (1e39, "made weights that are not finite"),
+    ],
 )
 def test_a_diverging_run_stops_with_a_finite_checkpoint(tmp_path, data, lr, message):
     out = tmp_path / "run"
@@ -761,6 +764,64 @@ def test_all_ranks_scale_the_loss_of_float16_alike_and_a_resume_goes_on_with_it(
     while resumed.step < resumed.last_step:
         resumed.train_step()
     assert resumed.scale == alone.scale and state(resumed) == state(alone)
+
+
+@pytest.mark.fault
+def test_what_a_smaller_factor_cannot_mend_is_left_to_on_nan(tmp_path, data, capfd):
+    """In float16, too: an update that overflows, and a forward pass that does."""
+    pytest.importorskip("torch")
+    options = {**SMALL, "data": data, "backend": "torch", "precision": "float16", "lr": 1e39}
+    with pytest.raises(UserError, match="step 0: the update made weights that are not finite"):
+        new(Config(**options, out=tmp_path / "update"), Ranks()).run()
+    trainer = new(Config(**options, out=tmp_path / "forward"), Ranks())
+    batch = trainer.loader.batch
+    trainer.loader.batch = lambda step, shard: (np.inf * batch(step, shard)[0], batch(step, shard)[1])
+    with pytest.raises(UserError, match="step 0, shard 0: the loss, a metric or a running statistic is not finite"):
+        trainer.run()
+    assert "the loss is scaled by" not in capfd.readouterr().out
+
+
+class Times(layers.Layer):
+    """With a parameter that is one number, of shape ()."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_parameter("factor", 1.0)
+
+    def forward(self, x):
+        return self._keep((x * self.params["factor"], x))
+
+    def backward(self, dout):
+        self.add_grads(factor=(dout * self._taken(dout)).sum())
+        return dout * self.params["factor"]
+
+
+class Scaled(SimpleCNN):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.times = Times()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_parameter_may_be_a_single_number(tmp_path, data, backend, optimizer):
+    if backend == "torch":
+        pytest.importorskip("torch")
+    options = {**SMALL, "data": data, "backend": backend, "optimizer": optimizer, "model": "scaled"}
+    trainer = new(Config(**options, out=tmp_path / "run", max_steps=3), Ranks(), scaled=Scaled)
+    assert trainer.run() == 0
+    assert abs(float(trainer.model.times.params["factor"]) - 1) > 1e-4
+    resumed = new(Config(out=tmp_path / "run", resume="auto", max_steps=5), Ranks(), scaled=Scaled)
+    assert resumed.run() == 0 and resumed.step == 5
+
+
+def test_a_resume_may_name_the_precision_that_the_run_has(tmp_path, data):
+    pytest.importorskip("torch")
+    train(tmp_path / "run", Ranks(), data=data, backend="torch", precision="bfloat16", max_steps=1)
+    again = new(Config(out=tmp_path / "run", resume="auto", precision="bfloat16", max_steps=2), Ranks())
+    assert again.run() == 0
+    with pytest.raises(UserError, match=r"precision"):
+        new(Config(out=tmp_path / "run", resume="auto", precision="float32"), Ranks())
 
 
 def test_a_scaled_loss_gives_the_gradients_of_the_plain_one_to_the_bit_where_nothing_underflows(tmp_path, data):

@@ -8,7 +8,14 @@ class UserError(Exception):
 
 
 class NotFiniteError(UserError):
-    """A sum over the ranks had a part that was not finite or too large; all ranks meet it at the same step."""
+    """A sum over the ranks had a part that was not finite or too large; all ranks meet it at the same step.
+
+    ``backward`` says that it came up in the backward pass: all but gradients was in order.
+    """
+
+    def __init__(self, message: str, backward: bool = False) -> None:
+        super().__init__(message)
+        self.backward = backward
 
 
 class DisagreementError(UserError):

@@ -42,7 +42,7 @@ class Reducer:
         start = 0
         for index, (array, size) in enumerate(zip(arrays, self.sizes, strict=True)):
             total = self._total[start : start + size]
-            if array is not None and not self._accumulate(array, total) and not self._flags[shard]:
+            if array is not None and not self._accumulate(array, total):  # the last array tells where it began
                 self._flags[shard] = self._blame(array) if index == 0 else len(self.names) + 1
             start += size
 
@@ -50,8 +50,8 @@ class Reducer:
         """Return the sums over all shards of all ranks as float64 arrays, and start anew at zero.
 
         The arrays are the caller's until the next ``reduce``, which writes into the same memory.
-        Raises NotFiniteError naming the step, the shard and the first bad piece where a value was not finite or beyond
-        ``limit``; the next sum starts at zero all the same.
+        Raises NotFiniteError naming the step, the shard and the first bad piece of the first array, if others are in
+        order, where a value was not finite or beyond ``limit``; the next sum starts at zero all the same.
         """
         self.ranks.sum(self._message)
         self._decode()
@@ -61,7 +61,8 @@ class Reducer:
             blamed = int(flags[shard]) - 1
             known = blamed < len(self.names)
             where = f"the gradient of {self.names[blamed][0]}" if known else "the loss, a metric or a running statistic"
-            raise NotFiniteError(f"step {step}, shard {shard}: {where} is not finite or beyond {self.limit:.3g}")
+            message = f"step {step}, shard {shard}: {where} is not finite or beyond {self.limit:.3g}"
+            raise NotFiniteError(message, backward=known)
         return np.split(self._sums, np.cumsum(self.sizes)[:-1])
 
     def _blame(self, gradient: Array) -> int:
@@ -148,7 +149,7 @@ class DeviceReducer(ExactReducer):
         if self._sum is not None:
             self._total[: self.sizes[0]] = self._sum.cpu().numpy()
             for shard, place in enumerate(self._bad.tolist()):
-                if place:
+                if place and not self._flags[shard]:
                     self._flags[shard] = self._piece(place - 1)
             self._sum[...], self._bad[...] = 0, 0
         return super().reduce(step)

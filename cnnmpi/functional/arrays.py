@@ -27,6 +27,11 @@ def fits(x: Array, array: Array) -> bool:
     return x.dtype == array.dtype
 
 
+def for_loss(logits: Array) -> Array:
+    """Return the outputs of a model in the type that a loss computes in: here, as they are."""
+    return logits
+
+
 def empty(size: int, like: Any = None) -> Array:
     """Return a 1-D array of ``size`` numbers, not set yet, of the dtype and on the device of ``like``; else float32."""
     return np.empty(size, np.float32 if like is None else like.dtype)

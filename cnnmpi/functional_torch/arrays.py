@@ -42,6 +42,8 @@ def be_deterministic(products: str) -> None:
     torch.backends.cudnn.benchmark = False  # it picks the fastest kernels of the moment
     torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = products
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # sums inside stay float32
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def set_threads(count: int, callers: int = 1) -> None:
@@ -71,6 +73,11 @@ def to_numpy(a: Tensor) -> NumpyArray:
 def fits(x: Tensor, array: Tensor) -> bool:
     """Return whether a layer with parameters as ``array`` takes ``x``: of the same dtype."""
     return x.dtype == array.dtype
+
+
+def for_loss(logits: Tensor) -> Tensor:
+    """Return the outputs of a model in the type that a loss computes in: here, as they are."""
+    return logits
 
 
 def empty(size: int, like: Tensor | None = None) -> Tensor:

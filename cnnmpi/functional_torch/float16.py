@@ -7,6 +7,7 @@ import torch
 
 from cnnmpi.functional_torch import *  # noqa: F403 - the same operations, but for those below
 from cnnmpi.functional_torch.reduced import fits as fits
+from cnnmpi.functional_torch.reduced import for_loss as for_loss
 from cnnmpi.functional_torch.reduced import operations
 
 globals().update(operations(torch.float16))

@@ -94,6 +94,9 @@ class Model(Layer):
         device = functional_torch.choose_device(device, index)
         engine = functional_torch.engine(precision, device)
         self.to_numpy()
+        doubles = any(array.dtype == np.float64 for array in self.named_arrays().values())
+        if doubles and precision != "float32":
+            raise ValueError(f"precision {precision} is for models of float32: call astype(np.float32) first")
         self._replace_arrays(engine, lambda _, array: engine.tensor(array, device))
         return self
 

@@ -90,7 +90,7 @@ def evaluate(
 
     def evaluate_batch(model: Model, start: int) -> list[float]:
         part = slice(start, start + size)
-        logits = model.forward(model.as_array(normalize(images[part], mean, std)))
+        logits = F.for_loss(model.forward(model.as_array(normalize(images[part], mean, std))))
         if tuple(logits.shape[1:]) != (classes,):
             raise ValueError(
                 f"evaluate: the model gives outputs {tuple(logits.shape[1:])}, the targets are of {classes} classes"

@@ -117,14 +117,13 @@ def greeting(
     ``gpus`` is how many this host has, where it computes on them.
     """
     shards, cores = config.shards, ranks.cores_on_node
+    loss = f", loss {config.loss}" if dataset.train_labels.ndim > 1 else ""
     precision = "" if config.precision == "float32" else f" in {config.precision}"
     lines = [
         f"{config.model} on {dataset.source}: {len(parts['train'].labels)} training"
         f"{', {} validation'.format(len(parts['val'].labels)) if 'val' in parts else ''} and "
         f"{len(parts['test'].labels)} test images; {ranks.size} rank{'s' * (ranks.size > 1)} with {threads} "
-        f"thread{'s' * (threads > 1)}, {config.backend}{precision}"
-        + f", loss {config.loss}"
-        * (dataset.train_labels.ndim > 1)
+        f"thread{'s' * (threads > 1)}, {config.backend}{precision}{loss}"
     ]
     if not isinstance(dataset.train_images, np.ndarray):
         lines.append("note: images are read from their file as they are needed (--data-in)")

@@ -24,7 +24,7 @@ from cnnmpi.machine import keep_freed_memory
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
 from cnnmpi.train.code import Code, explained
-from cnnmpi.train.config import Config, check_ranges, continued, resolve, to_toml
+from cnnmpi.train.config import Config, check_kinds, check_ranges, continued, resolve, to_toml, with_defaults
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
@@ -264,7 +264,8 @@ def with_checkpoint(config: Config, code: Code, ranks: Ranks, tell: Tell) -> tup
     """Return the complete configuration, and the checkpoint with which the run begins, if it is a resumed one."""
     saved = None
     if config.resume is not None:
-        resume, default_out = config.resume, resolve(config, code).out or Path()
+        check_kinds(config)
+        resume, default_out = config.resume, with_defaults(config, code).out or Path()  # the checkpoint says the rest
         saved = ranks.on_rank0(lambda: find_checkpoint(resume, default_out, tell))
     if saved is not None:
         config = continued(config, saved.run.config, saved.path, code)

@@ -106,7 +106,7 @@ class Trainer:
             model.reseed(seed, self.step, shard)
             flat.grads[...] = 0
             F.copy_into(flat.buffers, buffers)
-            logits = model.forward(F.as_array(x, like=flat.params))  # (n, K)
+            logits = F.for_loss(model.forward(F.as_array(x, like=flat.params)))  # (n, K)
             loss, dlogits = self.loss(logits, F.as_array(y, like=flat.params), reduction="sum")
             model.backward(dlogits * self.scale.factor)
             if self.scale.factor != 1:
@@ -145,7 +145,7 @@ class Trainer:
             optim.clip_grad_norm(optimizer.parameters, self.config.clip)
         optimizer.lr = self.rate(self.step)
         moving = [self.flat.params] + [state for states in optimizer.state.values() for state in states]
-        self.before = self.before or [1 * array for array in moving]  # of either engine
+        self.before = self.before or [optim.zeros_like(array) for array in moving]
         for copy, array in zip(self.before, moving, strict=True):
             copy[...] = array
         optimizer.step()
@@ -159,7 +159,7 @@ class Trainer:
 
     def _skip(self, error: NotFiniteError) -> None:
         """Leave a step out: to scale the loss less from then on, or as --on-nan says; else end the run."""
-        if self.scale.failed():
+        if error.backward and self.scale.failed():
             self.report.line(
                 f"note: {error}; the step was skipped, and the loss is scaled by {self.scale.factor:g} now"
             )
