@@ -135,6 +135,7 @@ def test_every_rank_hears_of_a_bad_value_on_one(ranks, kind, bad, place, name):
         said = rf"step {step}, shard {ranks.size - 1}: the gradient of {name} is not finite or beyond"
         with pytest.raises(UserError, match=said), np.errstate(all="ignore"):
             reducer.reduce(step)
+    assert not reducer.reduce()[0].any(), "a shard without images, in the next step"
     reducer.add(ranks.rank, array(np.ones(6, np.float32)), np.array([1.0]))
     assert reducer.reduce()[0].tolist() == [ranks.size] * 6
 
