@@ -4,6 +4,7 @@ python -m cnnmpi.checkpoint show runs/simplecnn-0/last.h5
 python -m cnnmpi.checkpoint verify runs/*/*.h5
 python -m cnnmpi.checkpoint verify own.h5 --model nets.py:Net
 python -m cnnmpi.checkpoint diff a/last.h5 b/last.h5
+python -m cnnmpi.checkpoint import model.safetensors --out model.h5
 """
 
 import json
@@ -21,6 +22,7 @@ from cnnmpi.common.arrays import Array
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import UserError
 from cnnmpi.train.setup import load_trained
+from cnnmpi.train.weights import import_weights
 
 PROGRAM = "cnnmpi.checkpoint"
 LONGEST_LIST = 20  # of an attribute, shown whole
@@ -50,10 +52,24 @@ class Diff:
     b: tyro.conf.Positional[Path]
 
 
+@dataclass
+class Import:
+    """Make a checkpoint of the weights in a .safetensors or .pt file, such as ``cnnmpi export`` writes."""
+
+    file: tyro.conf.Positional[Path]
+    out: Path
+    """Where the checkpoint is written."""
+    model: str | None = None
+    """The network: a reference network's name, FILE.py:CLASS or MODULE:CLASS; by default what the file says."""
+    like: Path | None = None
+    """A checkpoint that says what the file does not: options of the network, classes, mean and deviation."""
+
+
 Command = (
     Annotated[Show, tyro.conf.subcommand("show")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Diff, tyro.conf.subcommand("diff")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
 )
 
 
@@ -68,8 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def run(wanted: Show | Verify | Diff) -> int:
+def run(wanted: Show | Verify | Diff | Import) -> int:
     """Do what is ``wanted``; return the exit code."""
+    if isinstance(wanted, Import):
+        digest = import_weights(wanted.file, wanted.out, wanted.model, wanted.like)
+        print(printable(f"{wanted.out}: weights_sha256={digest}"))
+        return 0
     if isinstance(wanted, Diff):
         return diff(wanted.a, wanted.b)
     if not wanted.files:

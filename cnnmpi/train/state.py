@@ -174,7 +174,13 @@ def load_checkpoint(path: str | Path, model: Callable[..., Model] | None = None)
     pixels in 0..1, and the names of the ``classes``. Raises CheckpointError, naming the file, where it is damaged, or
     holds weights of other names or shapes than the model has.
     """
-    arrays, attributes = checkpoint.load(path)
+    return model_of(path, *checkpoint.load(path), model)
+
+
+def model_of(
+    path: str | Path, arrays: Arrays, attributes: dict[str, Any], model: Callable[..., Model] | None = None
+) -> Model:
+    """Return the trained model that the contents of the file ``path`` describe; see ``load_checkpoint``."""
     name = attributes.get("model")
     if not isinstance(name, str):
         raise CheckpointError(f"{path}: holds no model: it was not written by cnnmpi.train")
