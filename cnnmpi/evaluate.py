@@ -13,6 +13,7 @@ import tyro
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.common.text import read_json
 from cnnmpi.console import command, complain, printable, table
+from cnnmpi.data import Views
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.sizes import pair
 from cnnmpi.train import Config, Evaluation, evaluate
@@ -48,6 +49,7 @@ def run(
     backend: Backend = "numpy",
     device: str = "cpu",
     precision: Precision = "float32",
+    tta: Views = "none",
 ) -> None:
     """Evaluate a checkpoint on the test (or training) images.
 
@@ -61,6 +63,7 @@ def run(
         backend: engine under the layers, whatever the run had.
         device: where torch computes: cpu, cuda, cuda:N.
         precision: of torch's convolutions and matrix products.
+        tta: views of each image over which logits are averaged: none but itself, flip (2), or flip+shift (6).
 
     """
     trained, ranks = load_trained(checkpoint, model), Ranks()
@@ -89,11 +92,19 @@ def run(
     try:
         scaling = {"mean": info.mean, "std": info.std}
         result = evaluate(
-            trained, part.images, part.labels, classes=len(dataset.classes), loss=measured, metrics=metrics, **scaling
+            trained,
+            part.images,
+            part.labels,
+            classes=len(dataset.classes),
+            loss=measured,
+            metrics=metrics,
+            tta=tta,
+            **scaling,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    print(printable(f"{checkpoint} on the {len(part.labels)} {split} images of {dataset.source}"))
+    seen = "" if tta == "none" else f", logits averaged over the views {tta}"
+    print(printable(f"{checkpoint} on the {len(part.labels)} {split} images of {dataset.source}{seen}"))
     values = {("accuracy" if name == "acc" else name): value for name, value in result.metrics.items()}
     print("  ".join(f"{name} {value:.4f}" for name, value in {**values, "loss": result.loss}.items()))
     if len(result.labels):

@@ -16,14 +16,14 @@ from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.common.arrays import Array, nchw
 from cnnmpi.common.text import read_json
 from cnnmpi.console import command, complain, printable
-from cnnmpi.data import DataError, normalize
+from cnnmpi.data import DataError, Views
 from cnnmpi.data.images import FITS, read_fitted
 from cnnmpi.distributed import UserError
 from cnnmpi.functional import sigmoid, softmax
 from cnnmpi.models import Model
 from cnnmpi.sizes import pair
 from cnnmpi.train.config import Backend, Config, Precision
-from cnnmpi.train.evaluation import batch_size
+from cnnmpi.train.evaluation import batch_size, mean_logits
 from cnnmpi.train.setup import load_trained, to_engine
 
 PROGRAM = "cnnmpi.predict"
@@ -49,6 +49,7 @@ def run(
     backend: Backend = "numpy",
     device: str = "cpu",
     precision: Precision = "float32",
+    tta: Views = "none",
 ) -> int:
     """Print the most probable classes of each image, or those with the largest numbers.
 
@@ -60,6 +61,7 @@ def run(
         backend: engine under the layers, whatever the run had.
         device: where torch computes: cpu, cuda, cuda:N.
         precision: of torch's convolutions and matrix products.
+        tta: views of each image over which outputs are averaged: none but itself, flip (2), or flip+shift (6).
 
     """
     if not images:
@@ -87,20 +89,20 @@ def run(
     shown = "{:.3g}".format if loss_of(trained) == "mse" else "{:.1%}".format
     pictures, together = read(), batch_size(trained, (channels, height, width))
     while batch := list(itertools.islice(pictures, together)):
-        for (path, _), row in zip(batch, predictions(trained, [pixels for _, pixels in batch]), strict=True):
+        for (path, _), row in zip(batch, predictions(trained, [pixels for _, pixels in batch], tta), strict=True):
             best = np.argsort(-row, kind="stable")[: top or TOP]
             print(f"{printable(path)}: " + "  ".join(f"{printable(classes[k])} {shown(row[k])}" for k in best))
     return 2 if unreadable else 0
 
 
-def predictions(model: Model, images: Sequence[Array]) -> Array:
+def predictions(model: Model, images: Sequence[Array], tta: Views = "none") -> Array:
     """Return what the model says of uint8 ``images`` (H, W, C): a number for each class, (N, classes).
 
     It is the probability that this is the class or, where an image may have several, that it has this one; a model that
     was trained by squared errors predicts numbers.
     """
-    x = normalize(nchw(np.stack(images)), model.info.mean, model.info.std)
-    logits: Array = model.F.to_numpy(model.forward(model.as_array(x)))
+    pixels = nchw(np.stack(images))
+    logits: Array = model.F.to_numpy(mean_logits(model, pixels, model.info.mean, model.info.std, tta))
     loss = loss_of(model)
     if loss == "mse":
         return logits

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from cnnmpi import Conv2d, Flatten, GlobalAvgPool2d, Linear, Model, SimpleCNN, SmallResNet, checkpoint, functional
-from cnnmpi.data import Dataset, read_hdf5, write_hdf5
+from cnnmpi.data import Dataset, normalize, read_hdf5, write_hdf5
 from cnnmpi.evaluate import main
+from cnnmpi.functional import cross_entropy_loss
 from cnnmpi.train import Evaluation, evaluate, load_checkpoint
 from cnnmpi.train.evaluation import BATCH, batch_size
 from cnnmpi.train.state import model_attributes, pack
@@ -217,6 +218,29 @@ def test_the_command_evaluates_in_the_precision_that_it_is_told(tmp_path, capsys
     assert seen == {"float32": pytest.approx(exact.loss, abs=1e-4), "bfloat16": round(low.loss, 4)}
     assert main([str(saved), "--data", str(data), "--precision", "bfloat16"]) == 2
     assert capsys.readouterr().err.endswith("--precision bfloat16 needs --backend torch: NumPy computes in float32\n")
+
+
+def test_logits_are_means_over_the_views_that_are_named(tmp_path, capsys):
+    saved, data, plain = a_run(tmp_path, ["a", "b", "c"])
+    model, (images, labels) = load_checkpoint(saved), drawn(40, 3)
+
+    def logits(x: np.ndarray) -> np.ndarray:
+        return model.forward(normalize(np.ascontiguousarray(x), MEAN, STD))
+
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), "edge")
+    all_six = [v for x in (images, padded[:, :, 2:, 2:], padded[:, :, :-2, :-2]) for v in (x, x[:, :, :, ::-1])]
+    losses = {"none": plain.loss}
+    for tta, seen in (("flip", all_six[:2]), ("flip+shift", all_six)):
+        expected = sum(logits(x) for x in seen) / len(seen)
+        losses[tta], _ = cross_entropy_loss(expected, labels)
+        result = evaluate(model, images, labels, classes=3, mean=MEAN, std=STD, tta=tta)
+        assert result.loss == pytest.approx(losses[tta], rel=1e-6) and (result.guesses == expected.argmax(1)).all()
+        assert main([str(saved), "--data", str(data), "--tta", tta]) == 0
+        out = capsys.readouterr().out
+        assert f", logits averaged over the views {tta}\n" in out and f"loss {result.loss:.4f}" in out
+    assert len({round(loss, 5) for loss in losses.values()}) == 3
+    with pytest.raises(ValueError, match="expected none, flip or flip"):
+        evaluate(model, images, labels, classes=3, mean=MEAN, std=STD, tta="rotate")
 
 
 def test_names_are_printed_as_they_are(tmp_path, capsys):

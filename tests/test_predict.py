@@ -303,6 +303,18 @@ def test_probabilities_are_those_of_the_model(model, tmp_path, capsys):
     assert out == f"{image}: {expected}\n"
 
 
+def test_a_picture_and_its_mirror_image_are_seen_alike_with_tta(model, tmp_path, capsys):
+    path, _ = model
+    pixels, said = picture(28, 20), {}
+    for name, seen in (("a.png", pixels), ("b.png", pixels[:, ::-1])):
+        image = saved(tmp_path / name, Image.fromarray(seen))
+        for tta in ("none", "flip"):
+            assert main([str(path), str(image), "--top", "4", "--tta", tta]) == 0
+            said[name, tta] = capsys.readouterr().out.split(": ", 1)[1]
+    assert said["a.png", "flip"] == said["b.png", "flip"]
+    assert said["a.png", "none"] != said["b.png", "none"]
+
+
 def test_probabilities_are_those_of_the_engine_that_is_asked_for(model, tmp_path, capsys):
     pytest.importorskip("torch")
     path, net = model
@@ -324,7 +336,7 @@ def test_a_model_sees_in_prediction_what_it_saw_in_training(tmp_path, capsys, mo
     stated = {"classes": CLASSES, "mean": [MEAN] * 3, "std": [STD] * 3, "data_fit": how}
     checkpoint.save(path, pack(net), model_attributes("simplecnn", options, net) | stated)
     image = saved(tmp_path / "p.png", Image.fromarray(picture(90, 40)))
-    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images: seen.extend(images) or np.ones((1, 4)))
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: seen.extend(images) or np.ones((1, 4)))
     assert main([str(path), str(image)]) == 0
     expected = fit(picture(90, 40), 28, 20, how if how in ("pad", "stretch") else "crop")
     assert np.array_equal(seen[0], expected)

@@ -19,6 +19,7 @@ from cnnmpi.data.rows import Selected, held_out
 from cnnmpi.data.sources.archive import read_archive
 from cnnmpi.data.synthetic import synthetic
 from cnnmpi.data.transforms import Draw
+from cnnmpi.data.views import Views, views
 from cnnmpi.data.writer import write_hdf5
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Draw",
     "NotInPlace",
     "Selected",
+    "Views",
     "color_jitter",
     "cutmix",
     "cutout",
@@ -47,5 +49,6 @@ __all__ = [
     "recorded_digest",
     "statistics",
     "synthetic",
+    "views",
     "write_hdf5",
 ]

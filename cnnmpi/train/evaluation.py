@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.common.arrays import Array
-from cnnmpi.data import normalize
+from cnnmpi.data import Views, normalize, views
 from cnnmpi.distributed import Ranks
 from cnnmpi.models import Model
 from cnnmpi.train.measures import Loss, Measures, Metric
@@ -71,6 +71,7 @@ def evaluate(
     metrics: dict[str, Metric] | None = None,
     ranks: Ranks | None = None,
     stop: Callable[[], bool] = lambda: False,
+    tta: Views = "none",
 ) -> Evaluation:
     """Evaluate a model on ``images`` (N, C, H, W), uint8 or floats in 0..1.
 
@@ -78,6 +79,7 @@ def evaluate(
     cross-entropy unless given. ``metrics`` are functions (logits, targets) -> (sum, count) of NumPy arrays. ``mean``
     and ``std`` (C,) normalise the pixels, as in training. The ranks, and the team's threads in each, share the work;
     the models keep their mode. ``stop`` is asked after each batch of a thread, and must answer alike on all ranks.
+    Logits are means over the views of an image that ``tta`` names, see ``data.views``.
 
     Raises Stopped once it says so, and ValueError for images, targets and classes that do not fit.
     """
@@ -90,7 +92,7 @@ def evaluate(
 
     def evaluate_batch(model: Model, start: int) -> list[float]:
         part = slice(start, start + size)
-        logits = F.for_loss(model.forward(model.as_array(normalize(images[part], mean, std))))
+        logits = mean_logits(model, images[part], mean, std, tta)
         if tuple(logits.shape[1:]) != (classes,):
             raise ValueError(
                 f"evaluate: the model gives outputs {tuple(logits.shape[1:])}, the targets are of {classes} classes"
@@ -121,6 +123,12 @@ def evaluate(
 
 class Stopped(Exception):  # noqa: N818 - it is no error
     """The evaluation was given up because it was asked to stop."""
+
+
+def mean_logits(model: Model, images: Array, mean: Any, std: Any, tta: Views = "none") -> Any:
+    """Return the model's outputs (N, K) for ``images`` as ``evaluate`` takes them: means over the views of ``tta``."""
+    outputs = [model.F.for_loss(model.forward(model.as_array(normalize(x, mean, std)))) for x in views(images, tta)]
+    return sum(outputs[1:], start=outputs[0]) / len(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def batch_size(model: Model, image_shape: Sequence[int]) -> int:
