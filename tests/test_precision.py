@@ -151,6 +151,23 @@ def test_models_in_which_both_types_meet_learn_and_evaluate(name, precision, tmp
         np.testing.assert_allclose(weights[2][key], array, rtol=0, atol=0.01, err_msg=key)
 
 
+def test_a_loss_of_ones_own_gets_float32(tmp_path):
+    seen = set()
+
+    def mine(logits, targets, reduction="sum"):
+        seen.add(logits.dtype)
+        return functional_torch.cross_entropy_loss(logits, targets, reduction=reduction)
+
+    code = Code({"mixed": lambda seed=0: first_drawn(MIXED["logits of a convolution"]), "mine": mine})
+    setting = {"model": "mixed", "loss": "mine", "backend": "torch", "precision": "bfloat16", "epochs": 1}
+    small = synthetic(train=16, test=8)
+    small = replace(
+        small, train_images=small.train_images[:, :, ::2, ::2], test_images=small.test_images[:, :, ::2, ::2]
+    )
+    trainer = set_up(Config(out=tmp_path / "run", batch_size=8, shards=2, **setting), Ranks(), code, data=small)
+    assert trainer.run() == 0 and seen == {torch.float32}
+
+
 def first_drawn(make):
     with first_draws(0):
         return make()
