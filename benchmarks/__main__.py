@@ -15,7 +15,8 @@ rounds. A step is forward, loss, backward and optimizer on one batch of random n
 logits and gradients are compared (each within 1 % of the norm of PyTorch's in the same type: sums in another order jump
 at the kinks of a ReLU).
 GFLOP/s count direct convolution: Winograd's way, which multiplies less, may exceed the machine's peak. Memory is the
-peak above what the first imports take; torch.compile imports more.
+peak above what the first imports take; torch.compile imports more. PyTorch is taken as it comes; docs/scaling.md says
+what its way with memory costs it.
 """
 
 

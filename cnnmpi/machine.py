@@ -169,7 +169,7 @@ def free_mib(folder: Path) -> int:
 def keep_freed_memory() -> None:
     """Let this process keep the memory of arrays that are freed, for the next ones, where its C library can (glibc).
 
-    Otherwise every large array comes from the kernel and goes back there, page by page: up to 9 % of a step of torch's.
+    Otherwise every large array comes from the kernel and goes back there, page by page (docs/scaling.md has figures).
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     with contextlib.suppress(OSError, AttributeError):
