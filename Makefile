@@ -56,7 +56,7 @@ lint: .venv/test.done
 	touch $@
 
 .venv/test.done: .venv/train.done
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich,torch,export,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mpich,torch,export,tensorboard,dev]'
 	touch $@
 
 clean:
