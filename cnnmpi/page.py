@@ -21,8 +21,8 @@ STYLE = """
   --c0: #0b62c4; --c1: #c2410c; --c2: #15803d; --c3: #8b2fc9; --c4: #a16207;
   --c5: #0e7490; --c6: #be185d; --c7: #4d7c0f }
 @media screen and (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e9ec; --pale: #9aa4af;
-  --line: #363d45; --soft: #1e2329; --c0: #6cb2ff; --c1: #ff9a62; --c2: #5fd38a; --c3: #cf9cff; --c4: #e5c04b; --c5: #5fd0e6;
-  --c6: #ff8fc0; --c7: #b5dc6a } }
+  --line: #363d45; --soft: #1e2329; --c0: #6cb2ff; --c1: #ff9a62; --c2: #5fd38a; --c3: #cf9cff; --c4: #e5c04b;
+  --c5: #5fd0e6; --c6: #ff8fc0; --c7: #b5dc6a } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper); color: var(--ink);
   font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
