@@ -10,12 +10,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import threadpoolctl
 
+from cnnmpi.machine import blas_kernels, processor
 from cnnmpi.models import MODELS
 
 FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
@@ -136,13 +135,7 @@ def hardware() -> str:
         pytorch = "no PyTorch"
     locked = getattr(sys, "_is_gil_enabled", lambda: True)()  # since Python 3.13
     python = platform.python_version() + ("" if locked else " without GIL")
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    ) if Path("/proc/cpuinfo").exists() else platform.processor()  # fmt: skip
-    np.ones((2, 2)) @ np.ones((2, 2))
-    kernels = {str(i.get("architecture")) for i in threadpoolctl.threadpool_info() if i["user_api"] == "blas"}
     return (
-        f"{datetime.date.today()}, {model}, {len(os.sched_getaffinity(0))} cores; Python {python}, "
-        f"NumPy {np.__version__} with OpenBLAS kernels {', '.join(sorted(kernels))}, {pytorch}"
+        f"{datetime.date.today()}, {processor()}, {len(os.sched_getaffinity(0))} cores; Python {python}, "
+        f"NumPy {np.__version__} with {blas_kernels()}, {pytorch}"
     )

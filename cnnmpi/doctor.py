@@ -28,7 +28,7 @@ from cnnmpi import console
 from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
 from cnnmpi.data import DataError, Dataset, NotInPlace, find_data, read_hdf5, read_in_place, synthetic
 from cnnmpi.distributed import Ranks, UserError, failing_together, launched, little_shared_memory, start
-from cnnmpi.machine import allowance, free_mib, shared_folders
+from cnnmpi.machine import allowance, blas_kernels, free_mib, shared_folders
 from cnnmpi.models import MODELS, Model
 from cnnmpi.train.code import Code, explained, source_sha256
 from cnnmpi.train.config import DEFAULTS, Config, resolve
@@ -122,8 +122,7 @@ def check_threads(ranks: Ranks) -> Finding:
 def check_blas(ranks: Ranks) -> Finding:
     """Name the matrix product's kernels, on all hosts."""
     libraries = [lib for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"]
-    mine = {f"{lib['internal_api']} {lib.get('architecture', '')}".strip() for lib in libraries}
-    kernels = Counter(ranks.gather(", ".join(sorted(mine)) or "unknown"))
+    kernels = Counter(ranks.gather(blas_kernels()))
     threads = max((lib["num_threads"] for lib in libraries), default=1)
     text = f"{'; '.join(kernels)}; {threads} threads of its own, 1 in cnnmpi"
     forced = os.environ.get("OPENBLAS_CORETYPE")

@@ -11,17 +11,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from cnnmpi.checkpoint import CheckpointError
-from cnnmpi.common.text import read_json
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.data import Views
-from cnnmpi.distributed import Ranks, UserError
-from cnnmpi.sizes import pair
-from cnnmpi.train import Config, Evaluation, evaluate
-from cnnmpi.train.code import Code
-from cnnmpi.train.config import Backend, Precision, check_ranges, from_plain
-from cnnmpi.train.inputs import open_data, parts_of
-from cnnmpi.train.measures import find_losses, make_measures, with_loss
-from cnnmpi.train.setup import load_trained, to_engine
+from cnnmpi.distributed import UserError
+from cnnmpi.train import Config, Evaluation
+from cnnmpi.train.config import Backend, Precision
+from cnnmpi.train.judging import judge
 
 PROGRAM = "cnnmpi.evaluate"
 LARGEST_MATRIX = 20  # classes up to which the confusion matrix is shown
@@ -66,65 +61,24 @@ def run(
         tta: views of each image over which logits are averaged: none but itself, flip (2), or flip+shift (6).
 
     """
-    trained, ranks = load_trained(checkpoint, model), Ranks()
-    to_engine(trained, Config(backend=backend, device=device, precision=precision))
-    trained.F.set_threads(threads or ranks.default_threads())
-    found = open_data(data, ranks, lambda text: print(printable(text), file=sys.stderr))
-    dataset, info = found.dataset, trained.info
-    known = in_words(info.options["in_channels"], pair(info.options["image_size"]), info.classes)
-    _, channels, *size = dataset.test_images.shape
-    given = in_words(channels, size, dataset.classes)
-    if known != given:
-        raise UserError(f"{checkpoint} was trained on {known}; --data {data} has {given}")
-    for number, (theirs, ours) in enumerate(zip(info.classes, dataset.classes, strict=True)):
-        if theirs != ours:
-            raise UserError(f"class {number} of {checkpoint} is {theirs}, that of --data {data} is {ours}")
-    of_run = config_of(checkpoint, info.attributes)
-    parts = parts_of(dataset, of_run.validation or 0.0, of_run.seed or 0)
-    if split not in parts:
-        raise UserError(f"--split val: the run of {checkpoint} held no images out (--validation)")
-    if split != "test" and "val" in parts and found.sha256 != info.attributes.get("data_sha256"):
-        raise UserError(f"--split {split}: {checkpoint} held images out of other data than --data {data}: name its own")
-    part, its_loss = parts[split], of_run.loss or ""
-    config = with_loss(Config(loss=loss or (None if ":" in its_loss else its_loss or None)), dataset)
-    _, measured = find_losses(config, Code(), trained.F)
-    metrics = make_measures(config, dataset, type(trained).recipe.get("metrics")).metrics
-    try:
-        scaling = {"mean": info.mean, "std": info.std}
-        result = evaluate(
-            trained,
-            part.images,
-            part.labels,
-            classes=len(dataset.classes),
-            loss=measured,
-            metrics=metrics,
-            tta=tta,
-            **scaling,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    judgement = judge(
+        checkpoint,
+        lambda text: print(printable(text), file=sys.stderr),
+        data=data,
+        split=split,
+        threads=threads,
+        model=model,
+        loss=loss,
+        engine=Config(backend=backend, device=device, precision=precision),
+        tta=tta,
+    )
+    result, part, dataset = judgement.evaluation, judgement.part, judgement.dataset
     seen = "" if tta == "none" else f", logits averaged over the views {tta}"
     print(printable(f"{checkpoint} on the {len(part.labels)} {split} images of {dataset.source}{seen}"))
     values = {("accuracy" if name == "acc" else name): value for name, value in result.metrics.items()}
     print("  ".join(f"{name} {value:.4f}" for name, value in {**values, "loss": result.loss}.items()))
     if len(result.labels):
         show(result, dataset.classes)
-
-
-def config_of(checkpoint: Path, attributes: dict[str, Any]) -> Config:
-    """Return the settings that a checkpoint says it was trained with. Raises UserError for what cannot be one."""
-    try:
-        config = Config(**from_plain(read_json(attributes.get("config", "{}")), f"{checkpoint}: its configuration"))
-        check_ranges(config)
-    except ValueError as error:
-        raise UserError(f"{checkpoint}: its configuration cannot be used: {error}") from None
-    return config
-
-
-def in_words(channels: int, size: Sequence[int], classes: Sequence[str]) -> str:
-    """Return what images and classes a model or a data set has, in a few words however many there are."""
-    first = ", ".join(classes[:10]) + (f", ... ({len(classes)} in all)" if len(classes) > 10 else "")
-    return f"{size[0]}x{size[1]} pixels of {channels} channels and the classes {first}"
 
 
 def show(result: Evaluation, classes: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import functools
 import math
 import mmap
 import os
+import platform
 import re
 import tempfile
 import threading
@@ -55,6 +56,15 @@ def cores_of(allowances: Iterable[Allowance]) -> int:
 def usable_cores(root: Path = Path("/")) -> int:
     """Return how many cores this process may use: of those it is bound to, what its control groups grant."""
     return cores_of([allowance(root)])
+
+
+def processor() -> str:
+    """Return the name of this host's processor, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _quotas(root: Path) -> Iterator[tuple[str, float]]:
@@ -192,6 +202,13 @@ def _libraries() -> tuple[list[Any], list[Any]]:
     libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
     each = [lib for lib in libraries if lib.internal_api == "mkl" or getattr(lib, "threading_layer", "") == "openmp"]
     return [lib for lib in libraries if lib not in each], each
+
+
+def blas_kernels() -> str:
+    """Return which BLAS NumPy uses, and the kernels that it chose for this processor, such as "openblas SkylakeX"."""
+    libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+    kernels = {f"{lib.internal_api} {getattr(lib, 'architecture', None) or ''}".strip() for lib in libraries}
+    return ", ".join(sorted(kernels)) or "unknown"
 
 
 @contextlib.contextmanager

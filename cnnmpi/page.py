@@ -41,8 +41,9 @@ table.words td, table.words th { text-align: left; vertical-align: top; overflow
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)) }
 .cards { grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)) }
 figure { margin: 0; break-inside: avoid } figure svg { width: 100%; height: auto; display: block }
+figcaption svg.mark { width: 22px; height: 8px; display: inline; stroke-width: 2.5 }
 .cards figure { background: var(--soft); border-radius: .5rem; padding: .5rem; font-size: .82rem }
-.cards img { width: 100%; max-width: 128px; display: block; margin: 0 auto .3rem }
+.cards img { width: 100%; height: auto; max-width: 128px; display: block; margin: 0 auto .3rem }
 img.pixels { image-rendering: pixelated } img { max-width: 100% }
 @media print { body { max-width: none; padding: 0; font-size: 11px } nav { display: none } .wide { overflow: visible } }
 """

@@ -28,6 +28,13 @@ if RANKS.rank > 0:
     sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - one report is enough; failures go to stderr
 
 
+@pytest.fixture(autouse=True)
+def no_reports(request, monkeypatch) -> None:
+    """Runs inside the tests write no report.html, which takes as long as they do; test_report.py says otherwise."""
+    if request.module.__name__ != "tests.test_report":
+        monkeypatch.setattr("cnnmpi.train.trainer.write_report", lambda out, *_: out / "report.html")
+
+
 @pytest.fixture
 def ranks() -> Ranks:
     """All ranks that run this test: one without mpirun."""

@@ -15,7 +15,7 @@ from cnnmpi import console
 from cnnmpi.__main__ import COMMANDS
 from cnnmpi.__main__ import main as cnnmpi
 from cnnmpi.data import synthetic, write_hdf5
-from cnnmpi.train.report import Report
+from cnnmpi.train.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -201,15 +201,16 @@ def test_a_table_without_rows_has_its_head():
     assert console.table(HEAD, []) == "name  a  bb  ccc"
 
 
-# -- the report of a run -----------------------------------------------------------------------------------------------
+# -- what a run shows --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_report_prints_names_as_they_are(tmp_path, monkeypatch, capsys, terminal):
-    monkeypatch.setattr("cnnmpi.train.report.is_terminal", lambda stream: terminal)
-    report = Report(tmp_path)
-    report.line("a[/b] [red] :smile: \x1b[2J a\nb " + "x" * 200)
-    report.step(1, 1, 2, 0.5)
-    report.close()
+def test_a_run_prints_names_as_they_are(monkeypatch, capsys, terminal):
+    monkeypatch.setattr("cnnmpi.train.terminal.is_terminal", lambda stream: terminal)
+    shown = Terminal()
+    shown.begin(0, 2)
+    shown.line("a[/b] [red] :smile: \x1b[2J a\nb " + "x" * 200)
+    shown.step("1/2", 1, 2, 0.5, 10)
+    shown.close()
     out = capsys.readouterr().out
     assert "a[/b] [red] :smile: \\x1b[2J a\\nb " + "x" * 200 + "\n" in out

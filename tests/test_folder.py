@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from cnnmpi.distributed import Ranks, UserError
-from cnnmpi.train.folder import WRITTEN, RunFolder
+from cnnmpi.train.folder import BOARD, WRITTEN, RunFolder
 
 pytestmark = pytest.mark.mpi_skip
+FILES = [f"{name}/events" if name == BOARD else name for name in WRITTEN]
 
 
 def begin(path: Path, config: str = "lr = 0.5\n", fresh: bool = True) -> list[str]:
@@ -25,7 +26,8 @@ def begin(path: Path, config: str = "lr = 0.5\n", fresh: bool = True) -> list[st
 
 
 def write_run(path: Path, text: str = "old") -> None:
-    for name in WRITTEN:
+    (path / BOARD).mkdir()
+    for name in FILES:
         (path / name).write_text(f"{text} {name}")
 
 
@@ -44,14 +46,14 @@ def test_the_working_directory_keeps_all_that_no_run_wrote(tmp_path, monkeypatch
         write_run(tmp_path, f"run {number}")
         (said,) = begin(Path())
         assert f"was moved to {tmp_path}/old-{number}" in said
-    moved = {f"old-{number}/{name}": f"run {number} {name}" for number in (1, 2) for name in WRITTEN}
+    moved = {f"old-{number}/{name}": f"run {number} {name}" for number in (1, 2) for name in FILES}
     assert contents(tmp_path) == mine | moved | {"config.toml": "lr = 0.5\n"}
 
 
 def test_a_resumed_run_stays_where_it_is(tmp_path):
     write_run(tmp_path)
     assert begin(tmp_path, fresh=False) == []
-    assert {*contents(tmp_path)} == {*WRITTEN, "lock"} and contents(tmp_path)["config.toml"] == "lr = 0.5\n"
+    assert {*contents(tmp_path)} == {*FILES, "lock"} and contents(tmp_path)["config.toml"] == "lr = 0.5\n"
 
 
 def test_somebodys_settings_are_not_overwritten(tmp_path):
@@ -82,7 +84,7 @@ def test_a_move_that_is_cut_short_is_completed_by_the_next_run(moved, tmp_path, 
     here = {*contents(tmp_path)}
     assert "last.h5" in here or "previous.h5" not in here, "--resume must not take the older one for the newest"
     begin(tmp_path)
-    assert contents(tmp_path) == {f"old-1/{name}": f"old {name}" for name in WRITTEN} | {
+    assert contents(tmp_path) == {f"old-1/{name}": f"old {name}" for name in FILES} | {
         "lock": "", "config.toml": "lr = 0.5\n"
     }  # fmt: skip
 

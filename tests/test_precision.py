@@ -17,7 +17,7 @@ from cnnmpi.distributed import Ranks
 from cnnmpi.rng import first_draws
 from cnnmpi.train import Config, set_up
 from cnnmpi.train.code import Code
-from cnnmpi.train.report import greeting
+from cnnmpi.train.reporter import greeting
 from cnnmpi.train.setup import gpus
 from tests.every_layer import LAYERS
 from tests.twins import Wrapped, rng, torch

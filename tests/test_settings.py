@@ -6,13 +6,16 @@ longer reaches training fails, although all runs still agree with each other. Ea
 the setting ends elsewhere, or the row could not fail.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -434,6 +437,42 @@ def saves(bench: Bench, field: str, value: Any) -> None:
     assert seen(0) == [0, 0, 0, 3, 3, 3]
 
 
+def writes_down(bench: Bench, field: str, value: Any) -> None:
+    def seen(every: int) -> list[int]:
+        trainer = bench.trainer(log_every=every, batch_size=16, out=bench.folder / str(every))
+        assert trainer.run() == 0
+        path = trainer.out / "steps.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+    assert seen(value) == [2, 4, 6] and seen(0) == []
+
+
+def leaves_events(bench: Bench, field: str, value: Any) -> None:
+    for wanted in (value, not value):
+        trainer = bench.trainer(tensorboard=wanted, out=bench.folder / str(wanted))
+        assert trainer.run() == 0
+        assert len([*trainer.out.glob("tensorboard/*tfevents*")]) == wanted
+
+
+def leaves_a_page(bench: Bench, field: str, value: Any) -> None:
+    for wanted in (value, not value):
+        trainer = bench.trainer(report=wanted, out=bench.folder / str(wanted))
+        with mock.patch("cnnmpi.train.trainer.write_report") as write:
+            assert trainer.run() == 0
+        assert write.called == wanted
+
+
+def hushes(bench: Bench, field: str, value: Any) -> None:
+    def said(quiet: bool) -> list[str]:
+        trainer, output = bench.trainer(quiet=quiet, out=bench.folder / str(quiet)), io.StringIO()
+        with contextlib.redirect_stdout(output):
+            assert trainer.run() == 0
+        return output.getvalue().splitlines()
+
+    (only,) = said(value)
+    assert only.startswith("done: ") and len(said(not value)) > 10
+
+
 def compares_the_ranks(bench: Bench, field: str, value: Any) -> None:
     class Listening(Ranks):
         def agree_on_arrays(self, when, arrays):
@@ -610,6 +649,10 @@ ROWS: dict[str, list[tuple[Any, Check]]] = {
     "out": [(Path("there"), receives_the_files)],
     "resume": [("auto", goes_on)],
     "checkpoint_every": [(2, saves)],
+    "log_every": [(2, writes_down)],
+    "tensorboard": [(True, leaves_events)],
+    "report": [(False, leaves_a_page)],
+    "quiet": [(True, hushes)],
     "agree_every": [(2, compares_the_ranks)],
     "on_nan": [("skip", decides)],
     "hang_warning": [(7.0, reaches_the_watchdog)],

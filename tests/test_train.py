@@ -530,7 +530,7 @@ def test_a_resume_on_a_full_disk_is_one_line_on_rank_0_and_ends_all(ranks, share
     def full(path, blob):
         raise checkpoint.CheckpointError(f"{path}: cannot be written: No space left on device")
 
-    monkeypatch.setattr("cnnmpi.train.report.write_atomically", full)
+    monkeypatch.setattr("cnnmpi.train.records.write_atomically", full)
     with pytest.raises((UserError, RemoteError)) as error:  # the line of step 7 has to go
         new(Config(out=run, resume="auto"), ranks)
     if ranks.rank == 0:

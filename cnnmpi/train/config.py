@@ -112,6 +112,14 @@ class Execution:
     """Continue a run: auto takes the newest checkpoint in the folder of the run; or name a file."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes one at the end of each epoch only."""
+    log_every: int = 10
+    """Steps between lines in steps.jsonl and points in TensorBoard; 0 writes of epochs only."""
+    tensorboard: bool = False
+    """Write curves, confusion matrices and sample images for TensorBoard, too, into the folder of the run."""
+    report: bool = True
+    """Write report.html, a page that shows the run, at its end."""
+    quiet: bool = False
+    """Print warnings and the result alone."""
     agree_every: int = 50
     """Steps between checks that all ranks hold the same weights; 0 checks at checkpoints only."""
     hang_warning: float = 60.0
@@ -120,6 +128,7 @@ class Execution:
     """Seconds after which a job that hangs shows where its ranks are and ends; 0 waits for ever."""
 
 
+@tyro.conf.configure(tyro.conf.FlagConversionOff)  # a file's key = value and a flag are read alike
 @dataclass(frozen=True)
 class Config(Execution, Experiment):
     """Train a convolutional network on one or more MPI ranks; the result does not depend on their number."""
@@ -225,7 +234,7 @@ def check_ranges(config: Config) -> None:
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
         "warmup": 0, "label_smoothing": 0, "clip": 0, "validation": 0, "seed": 0, "threads": 0, "checkpoint_every": 0,
-        "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
+        "log_every": 0, "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
     }  # fmt: skip
     for name, low in lowest.items():
         value = getattr(config, name)
@@ -259,7 +268,7 @@ def parse(argv: Sequence[str], given: Config | None = None, code: Code | None = 
     """
     args, from_file = _without_file(argv)
     check_flags(args)
-    switches = [flag(name) for name, kind in get_type_hints(Experiment).items() if kind == bool | None]
+    switches = [flag(name) for name, kind in get_type_hints(Config).items() if kind in (bool, bool | None)]
     for position, argument in enumerate(args):  # what may stand alone
         following = args[position + 1] if position + 1 < len(args) else "--"
         if argument == "--resume" and following.startswith("--"):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from cnnmpi.common.arrays import Array
 from cnnmpi.data import Views, normalize, views
 from cnnmpi.distributed import Ranks
+from cnnmpi.functional import softmax
 from cnnmpi.models import Model
 from cnnmpi.train.measures import Loss, Measures, Metric
 from cnnmpi.train.team import Team
@@ -23,7 +24,8 @@ class Evaluation:
     """The mean loss and ``metrics``, {name: value}; and what became of each image, where it has one class.
 
     Then ``labels`` (N,) holds its class in 0..``classes``-1 and ``guesses`` (N,) the one that it was taken for;
-    otherwise both are empty.
+    ``confidence`` and ``of_label`` (N,) are the probabilities that softmax gave to the guess and to the class. All are
+    empty otherwise.
     """
 
     loss: float
@@ -31,6 +33,8 @@ class Evaluation:
     labels: Array
     guesses: Array
     classes: int
+    confidence: Array = field(default_factory=lambda: np.zeros(0))
+    of_label: Array = field(default_factory=lambda: np.zeros(0))
 
     @property
     def accuracy(self) -> float:
@@ -89,6 +93,7 @@ def evaluate(
     loss = loss or F.cross_entropy_loss
     team.spread_buffers()
     guesses = np.zeros(len(targets) if targets.ndim == 1 else 0, np.int64)  # each rank fills in its own
+    sureness = np.zeros((len(guesses), 2))  # as well: of the guess, and of the label
 
     def evaluate_batch(model: Model, start: int) -> list[float]:
         part = slice(start, start + size)
@@ -102,6 +107,8 @@ def evaluate(
         outputs = F.to_numpy(logits)
         if len(guesses):
             guesses[part] = outputs.argmax(axis=1)
+            probabilities, rows = softmax(outputs), np.arange(len(y))
+            sureness[part] = np.stack([probabilities[rows, guesses[part]], probabilities[rows, y]], axis=1)
         sums: list[float] = measures.sums(summed, outputs, y).tolist()
         return sums
 
@@ -114,11 +121,12 @@ def evaluate(
             batches += team.map(evaluate_batch, starts)
             if stop():
                 raise Stopped
-    ranks.sum(guesses)
+    for ours in (guesses, sureness):
+        ranks.sum(ours)
     everybody = [sums for theirs in ranks.gather(batches) for sums in theirs]
     means = measures.means([math.fsum(column) for column in zip(*everybody, strict=True)])  # the same in any order
     labels = targets if len(guesses) else guesses
-    return Evaluation(means.pop("loss"), means, labels, guesses, classes)
+    return Evaluation(means.pop("loss"), means, labels, guesses, classes, sureness[:, 0], sureness[:, 1])
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

@@ -14,14 +14,16 @@ from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.checkpoint.atomic import sync_directory
 from cnnmpi.distributed import Ranks, UserError
+from cnnmpi.report import CONFIG, METRICS, STARTS, STEPS
+from cnnmpi.train.board import FOLDER as BOARD
+from cnnmpi.train.closing import PAGE
 from cnnmpi.train.errors import as_user_errors
-from cnnmpi.train.report import METRICS
 from cnnmpi.train.state import Arrays, SavedRun, read_saved_run
 
-LAST, PREVIOUS, BEST, CONFIG = "last.h5", "previous.h5", "best.h5", "config.toml"
+LAST, PREVIOUS, BEST = "last.h5", "previous.h5", "best.h5"
 # What a run writes, in the order in which it is moved aside. A move that is cut short leaves --resume the earlier run,
 # as it was, or nothing: never an older checkpoint of it. Where config.toml has come, the move was completed.
-WRITTEN = (PREVIOUS, LAST, BEST, METRICS, CONFIG)
+WRITTEN = (PREVIOUS, LAST, BEST, METRICS, STEPS, STARTS, PAGE, BOARD, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class RunFolder:
 
     def _move_aside(self, config: bytes, tell: Callable[[str], None]) -> None:
         """Move what another run wrote into the folder old-1, or the next number; a ``config`` like ours may stay."""
-        there = [self.path / name for name in WRITTEN if (self.path / name).is_file()]
+        paths = map(self.path.joinpath, WRITTEN)
+        there = [path for path in paths if (path.is_dir() if path.name == BOARD else path.is_file())]
         if not there or (there == [self.path / CONFIG] and there[0].read_bytes() == config):
             return
         names = {path.name for path in there}

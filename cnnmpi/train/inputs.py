@@ -1,5 +1,6 @@
 """What a run learns from: the data set, the part of it that is held out, and the batches of the rest."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from cnnmpi.rng import generator
 from cnnmpi.train.code import Code
 from cnnmpi.train.config import Config
 from cnnmpi.train.errors import as_user_errors
-from cnnmpi.train.report import Tell
+
+Tell = Callable[[str], None]  # prints a line
 
 SHARE = 4  # images that take more than this part of a host's free memory stay in their file
 

@@ -28,10 +28,10 @@ from cnnmpi.train.config import Config, check_kinds, check_ranges, continued, re
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
-from cnnmpi.train.inputs import Data, input_options, make_loader, open_data, parts_of, smallest_shard
+from cnnmpi.train.inputs import Data, Tell, input_options, make_loader, open_data, parts_of, smallest_shard
 from cnnmpi.train.measures import Metric, class_weights, find_losses, make_measures, with_loss
 from cnnmpi.train.probe import probe, probe_loss
-from cnnmpi.train.report import Report, Tell, greeting
+from cnnmpi.train.reporter import Reporter, greeting
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import accepted, load_checkpoint, model_attributes, unpack, version_of
 from cnnmpi.train.team import Team, fewest_workers
@@ -113,7 +113,7 @@ def set_up(
         total_steps=total_steps,
         attributes=model_attributes(config.model or "", options, model) | data_attributes(described, code),
         folder=folder,
-        report=Report(folder.path, silent=ranks.rank != 0),
+        reporter=Reporter(folder.path, config, silent=ranks.rank != 0),
         hooks=hooks or Hooks(),
         signals=signals,
         watchdog=watchdog,
@@ -345,10 +345,10 @@ def data_attributes(data: Data, code: Code) -> dict[str, Any]:
 
 def open_folder(trainer: Trainer, saved: Saved | None, tell: Tell) -> None:
     """Let the run have its folder: as a resumed run left it there, or with nothing of another run in its way."""
-    folder, report = trainer.folder, trainer.report
+    folder, reporter = trainer.folder, trainer.reporter
     trainer.unsaved = saved is None or saved.path.resolve().parent != folder.path
     folder.open(trainer.unsaved, to_toml(trainer.config), tell)
     if trainer.unsaved:
         trainer.best = -math.inf
     else:
-        trainer.ranks.on_rank0(as_user_errors()(lambda: report.rewind(trainer.step, trainer.steps_per_epoch)))
+        trainer.ranks.on_rank0(as_user_errors()(lambda: reporter.rewind(trainer.step, trainer.steps_per_epoch)))

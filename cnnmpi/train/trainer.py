@@ -20,13 +20,15 @@ from cnnmpi.data import DataLoader, Dataset
 from cnnmpi.distributed import NotFiniteError, Ranks, Reducer, UserError
 from cnnmpi.machine import one_blas_thread
 from cnnmpi.models import FlatArrays, Model
+from cnnmpi.train.closing import time_table, what_now, write_report
 from cnnmpi.train.config import Config, experiment, to_plain
 from cnnmpi.train.evaluation import Evaluation, Stopped, evaluate
 from cnnmpi.train.folder import BEST, LAST, RunFolder
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Part
 from cnnmpi.train.measures import Loss, Measures
-from cnnmpi.train.report import Report
+from cnnmpi.train.phases import COMPUTE, EVALUATE, LOAD, REDUCE, SAVE, UPDATE, Phases
+from cnnmpi.train.reporter import Reporter
 from cnnmpi.train.scaling import LossScale
 from cnnmpi.train.signals import StopSignals
 from cnnmpi.train.state import pack
@@ -61,7 +63,7 @@ class Trainer:
     total_steps: int
     attributes: dict[str, Any]  # of every checkpoint: what the data and the model are
     folder: RunFolder
-    report: Report
+    reporter: Reporter
     hooks: Hooks
     signals: StopSignals
     watchdog: Watchdog
@@ -84,6 +86,10 @@ class Trainer:
         self.last_step: int = self.total_steps if limit is None else min(self.total_steps, limit)
         self.before: list[Array] = []  # copies of what an update moves, from before the newest one
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl since this trainer was made
+        self.phases = Phases()  # where this rank's time goes
+        self.lined = dict(self.phases.seconds), self.phases.whole  # as it was at the last line of an epoch
+        self.saved: dict[str, int] = {}  # how often this trainer wrote each of its checkpoints
+        self.grad_norm = math.nan  # of the newest step, if that is written down
         self.epoch_sums = np.zeros(len(self.measures))  # since the beginning of the epoch
         self.judge: Part = self.parts.get("val", self.parts["test"])  # what each epoch is evaluated on, for best.h5
 
@@ -96,10 +102,13 @@ class Trainer:
         F, seed = self.F, self.config.seed or 0
         if self.step + 1 < self.last_step:
             self.loader.prepare(self.step + 1, self.shards)
+        waits: list[float] = []  # of each shard, for its images
         buffers = np.array(F.to_numpy(self.flat.buffers))  # every shard starts from the same running statistics
 
         def train_shard(model: Model, shard: int) -> None:
+            asked = time.perf_counter()
             x, y = self.loader.batch(self.step, shard)  # (n, C, H, W), and labels (n,) or targets (n, K)
+            waits.append(time.perf_counter() - asked)
             if len(y) == 0:  # more shards than samples in the last batch of an epoch
                 return
             flat = self.flats[model]
@@ -117,16 +126,21 @@ class Trainer:
             gradient = flat.grads if self.reducer.on_device else F.to_numpy(flat.grads)
             self.reducer.add(shard, gradient, statistics_sum, np.append(sums, 0))
 
-        self.team.map(train_shard, self.shards)
+        with self.phases(COMPUTE):
+            self.team.map(train_shard, self.shards)
+        self.phases.move(sum(waits) / len(self.team.models), COMPUTE, LOAD)
         if self.signals.asked:
             self.reducer.add(self.shards[0], None, None, np.append(np.zeros(len(self.measures)), 1))
         try:
-            loss = self._update(*self.reducer.reduce(self.step))  # over all shards of all ranks
+            with self.phases(REDUCE):
+                totals = self.reducer.reduce(self.step)  # over all shards of all ranks
+            with self.phases(UPDATE):
+                loss = self._update(*totals)
             self.skipped = 0
             self.scale.succeeded()
         except NotFiniteError as error:  # a decision of all ranks: the same sums, or the same weights, on each
             F.copy_into(self.flat.buffers, buffers)
-            loss = math.nan
+            loss = self.grad_norm = math.nan
             self._skip(error)
         self.step += 1
         if self.config.agree_every and self.step % self.config.agree_every == 0:
@@ -138,6 +152,8 @@ class Trainer:
         F, optimizer = self.F, self.optimizer
         loss_sum, samples, *_, stops = totals
         gradient /= samples
+        if self.reporter.records.wants(self.step + 1):
+            self.grad_norm = math.sqrt(gradient @ gradient)
         # from here on one model: the others share its parameters; the optimizer knows views into its flat gradient
         F.copy_into(self.flat.grads, gradient)
         F.copy_into(self.flat.buffers, statistics_sum / samples)
@@ -160,7 +176,7 @@ class Trainer:
     def _skip(self, error: NotFiniteError) -> None:
         """Leave a step out: to scale the loss less from then on, or as --on-nan says; else end the run."""
         if error.backward and self.scale.failed():
-            self.report.line(
+            self.reporter.line(
                 f"note: {error}; the step was skipped, and the loss is scaled by {self.scale.factor:g} now"
             )
         else:
@@ -170,7 +186,7 @@ class Trainer:
             self.skipped += 1
             if self.skipped >= MOST_SKIPPED:
                 raise UserError(f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help")
-            self.report.line(f"warning: {error}; the step was skipped")
+            self.reporter.line(f"warning: {error}; the step was skipped")
         self.optimizer.steps = self.step + 1
         self.stopping = self.ranks.any(self.signals.asked)
 
@@ -188,7 +204,7 @@ class Trainer:
         except Stopped:
             return self._stop()
         finally:
-            self.report.close()
+            self.reporter.close()
             self.folder.close()
 
     def _run(self) -> int:
@@ -196,7 +212,8 @@ class Trainer:
             self._save(LAST)  # a full disk is better found now than after an epoch
         first, *notes = self.greeting
         for line in (f"{first}; step {self.step} of {self.last_step}", *notes):
-            self.report.line(line)
+            self.reporter.line(line)
+        self.reporter.begin(self.step, self.last_step, self.ranks, self.team.threads, self._samples())
         newest: Evaluation | None = None
         started, done_before = time.perf_counter(), self.epoch_sums[1]
         while True:
@@ -210,7 +227,7 @@ class Trainer:
                 started, done_before = time.perf_counter(), 0.0
             loss = self.train_step()
             newest = None
-            self.report.step(epoch + 1, index + 1, self.steps_per_epoch, loss)
+            self._record_step(epoch + 1, index, loss)
             self.hooks.call("on_step", self, loss)
             if self.stopping and self.step < self.last_step:
                 raise Stopped
@@ -219,15 +236,49 @@ class Trainer:
         test = newest if newest and self.judge.name == "test" else self._evaluate(self.parts["test"])
         digest = checkpoint.weights_digest(self.model.state_dict())
         result = f"test_acc={test.metrics['acc']:.4f}" if "acc" in test.metrics else f"test_loss={test.loss:.4f}"
-        self.report.line(f"done: {result} weights_sha256={digest}")
+        self._close(test)
+        self.reporter.line(f"done: {result} weights_sha256={digest}", important=True)
         return 0
 
     def _stop(self) -> int:
         """Save, and say how to go on."""
         self._save(LAST)
-        self.report.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}")
-        self.report.line(f"to go on: {self.how_to_resume}")
+        self.reporter.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}", important=True)
+        self.reporter.line(f"to go on: {self.how_to_resume}", important=True)
         return STOPPED
+
+    def _samples(self) -> Array | None:
+        """Return this rank's first training images (N, C, H, W) as the network gets them, in 0..1, for TensorBoard."""
+        if self.reporter.board is None or self.ranks.rank or self.step:
+            return None
+        images = np.concatenate([self.loader.batch(0, shard)[0] for shard in self.shards])
+        mean, std = (np.array(values)[:, None, None] for values in (self.loader.mean, self.loader.std))
+        pixels: Array = np.clip(images * std + mean, 0, 1)
+        return pixels
+
+    def _record_step(self, epoch: int, index: int, loss: float) -> None:
+        """Show and write down the step just done, the one of this ``index`` in its ``epoch``."""
+        rate = self.optimizer.lr
+        line = {"step": self.step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": self.grad_norm}
+        first = index * self.loader.batch_size
+        images = min(self.loader.batch_size, len(self.parts["train"].labels) - first)
+        self.reporter.step(line, self.last_step, math.ceil(self.last_step / self.steps_per_epoch), images)
+
+    def _close(self, test: Evaluation) -> None:
+        """Say where the time went, and write the report; what hinders that is a warning, the run is done."""
+        phases, whole = self.ranks.gather(self.phases.seconds), self.phases.whole
+        if self.ranks.rank:
+            return
+        page = None
+        if self.config.report:
+            self.watchdog.note("writing the report", slow=True)
+            try:
+                page = write_report(self.out, self.model, test, self.parts["test"])
+            except UserError as error:
+                self.reporter.line(f"warning: no report was written: {error}")
+        self.reporter.terminal.block(time_table(phases, whole))
+        for line in what_now(self.out, self.saved, self.how_to_resume, page):
+            self.reporter.line(line)
 
     def _evaluate(self, part: Part) -> Evaluation:
         """Return the evaluation of a part of the data. Raises Stopped on all ranks if a signal came meanwhile."""
@@ -236,18 +287,19 @@ class Trainer:
             self.watchdog.note(f"the evaluation after step {self.step}")
             return self.ranks.any(self.signals.asked)
 
-        return evaluate(
-            self.team,
-            part.images,
-            part.labels,
-            classes=len(self.dataset.classes),
-            mean=self.loader.mean,
-            std=self.loader.std,
-            loss=self.test_loss,
-            metrics=self.measures.metrics,
-            ranks=self.ranks,
-            stop=asked_to_stop,
-        )
+        with self.phases(EVALUATE):
+            return evaluate(
+                self.team,
+                part.images,
+                part.labels,
+                classes=len(self.dataset.classes),
+                mean=self.loader.mean,
+                std=self.loader.std,
+                loss=self.test_loss,
+                metrics=self.measures.metrics,
+                ranks=self.ranks,
+                stop=asked_to_stop,
+            )
 
     def _end_epoch(self, seconds: float, done_before: float) -> Evaluation:
         """Evaluate, save and report after the last step of an epoch, or of the run."""
@@ -263,10 +315,11 @@ class Trainer:
             "images_per_s": (samples - done_before) / seconds,
             "seconds": seconds,
             "ranks": self.ranks.size,
+            **self._times(),
             "data": self.dataset.source,
         }
         # first the line, then the checkpoint: a resume drops a line that is ahead, but could not bring one back
-        self.report.epoch(metrics)
+        self.reporter.epoch(metrics, newest, self.judge.name)
         self.history.append(metrics)
         self.hooks.call("on_epoch", self, metrics)
         if score(newest) > self.best and math.isfinite(newest.loss):
@@ -279,15 +332,25 @@ class Trainer:
         self._save(LAST)
         return newest
 
+    def _times(self) -> dict[str, float]:
+        """Return the seconds that went into each phase since the line of the epoch before: means over the ranks."""
+        (before, began), now = self.lined, (dict(self.phases.seconds), self.phases.whole)
+        self.lined = now
+        spent = {name: seconds - before[name] for name, seconds in now[0].items()}
+        spent["other"] = now[1] - began - sum(spent.values())
+        everybody = self.ranks.gather(spent)
+        return {f"time_{name}": round(sum(each[name] for each in everybody) / len(everybody), 4) for name in spent}
+
     # -- on disk -----------------------------------------------------------------------------------------------------
 
     def _save(self, name: str) -> None:
         """Write the checkpoint ``name``, if all ranks agree on what to write."""
-        self._agree()
-        self.watchdog.note(f"saving {name}", slow=True)
-
-        self.folder.save(name, lambda: (pack(self.model, self.optimizer), self.describe()))
+        with self.phases(SAVE):
+            self._agree()
+            self.watchdog.note(f"saving {name}", slow=True)
+            self.folder.save(name, lambda: (pack(self.model, self.optimizer), self.describe()))
         self.unsaved = False
+        self.saved[name] = self.saved.get(name, 0) + 1
         self.hooks.call("on_save", self, self.out / name)
 
     def describe(self) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""What a report is made of: the folder of a run, as far as it can be read, and what its model says of test images."""
+
+import json
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnmpi import checkpoint
+from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.common.arrays import Array
+from cnnmpi.common.lines import read_lines
+
+CONFIG, METRICS, STEPS, STARTS = "config.toml", "metrics.jsonl", "steps.jsonl", "starts.jsonl"
+CHECKPOINTS = ("last.h5", "previous.h5", "best.h5")  # the first that is good is what the run has learned
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What a trained model said of the N images of a ``part`` of the data, each of one class.
+
+    ``labels`` and ``guesses`` (N,) are in 0..K-1; ``confidence`` and ``of_label`` (N,) the probabilities that the model
+    gave to its guess and to the label; ``pixels(i)`` returns an image (H, W, C) of uint8.
+    """
+
+    part: str
+    labels: Array
+    guesses: Array
+    confidence: Array
+    of_label: Array
+    pixels: Callable[[int], Array]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Run:
+    """What is known of a run: its lines, the attributes of its newest good checkpoint, what its model has learned.
+
+    ``filters`` (O, C, kH, kW) are the weights of its first convolution. ``notes`` say what is missing, and why.
+    """
+
+    path: Path
+    settings: Line = field(default_factory=dict)
+    epochs: list[Line] = field(default_factory=list)  # metrics.jsonl
+    steps: list[Line] = field(default_factory=list)  # steps.jsonl
+    starts: list[Line] = field(default_factory=list)  # starts.jsonl
+    attributes: Line = field(default_factory=dict)
+    checkpoint: Path | None = None
+    judged: Judged | None = None
+    filters: Array | None = None
+    notes: list[str] = field(default_factory=list)
+    name: str = ""
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, as far as a checkpoint tells them."""
+        classes = self.attributes.get("classes")
+        return [str(name) for name in classes] if isinstance(classes, list) else []
+
+    @property
+    def per_epoch(self) -> float:
+        """Steps of an epoch; 0 where no epoch has been completed."""
+        pairs = [(number(line, "step"), number(line, "epoch")) for line in self.epochs]
+        return max((step / epoch for step, epoch in pairs if epoch > 0 and step > 0), default=0.0)
+
+    def curve(self, name: str, of: str = "epochs") -> list[tuple[float, float]]:
+        """Return (step, value) of what the lines of ``of`` ("epochs" or "steps") say under ``name``."""
+        points = [(number(line, "step"), number(line, name)) for line in getattr(self, of)]
+        return [(step, value) for step, value in points if step == step and value == value]  # NaN: it is not there
+
+
+def number(line: Line, name: str) -> float:
+    """Return a number of a line; NaN where it is missing, or none."""
+    value = line.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+
+
+def read_run(path: Path) -> Run:
+    """Return what the folder ``path`` tells; what is damaged or missing is noted. Raises OSError if there is none."""
+    if not path.is_dir():
+        raise NotADirectoryError(20, "not a folder", str(path))
+    run = Run(path, name=path.name or str(path))
+    for name, lines in ((METRICS, run.epochs), (STEPS, run.steps), (STARTS, run.starts)):
+        try:
+            found, damaged = read_lines(path / name)
+        except OSError as error:
+            run.notes.append(f"{name}: {error.strerror}")
+            continue
+        lines += found
+        if damaged:
+            run.notes.append(f"{name}: {damaged} damaged line{'s' * (damaged > 1)} left out")
+    for name in CHECKPOINTS:
+        if run.checkpoint is None and (path / name).exists():
+            try:
+                _, run.attributes = checkpoint.load(path / name)
+                run.checkpoint = path / name
+            except CheckpointError as error:
+                run.notes.append(str(error))
+    if run.checkpoint is None:
+        run.notes.append("no checkpoint that can be read: what the run has learned is not known")
+    try:
+        run.settings = tomllib.loads((path / CONFIG).read_text(encoding="utf-8", errors="surrogateescape"))
+    except (OSError, tomllib.TOMLDecodeError, RecursionError) as error:
+        run.notes.append(f"{CONFIG}: {getattr(error, 'strerror', None) or error}")
+    try:
+        shaping = json.loads(run.attributes.get("config", "{}"))
+        run.settings |= shaping if isinstance(shaping, dict) else {}
+    except (ValueError, TypeError, RecursionError):
+        run.notes.append(f"{run.checkpoint}: its settings cannot be read")
+    return run
+
+
+def confusion(judged: Judged, classes: int) -> Array:
+    """Return how many images of class [row] were taken for [column], int64 (classes, classes)."""
+    pairs = judged.labels * classes + judged.guesses
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
