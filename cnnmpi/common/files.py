@@ -63,12 +63,18 @@ def sync(path: Path) -> None:
     """Wait until a file's content, or a directory's names, have reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        sync_open(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_open(descriptor: int) -> None:
+    """Wait until what an open file holds has reached the disk."""
+    try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and need not
             raise
-    finally:
-        os.close(descriptor)
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -53,10 +53,14 @@ def chart(title: str, curves: Sequence[Curve], x: str, per_epoch: float = 0, log
     with matplotlib.rc_context(), style.context(["default", settings]):
         figure = Figure(figsize=(5.4, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        for curve in curves:
+        for number, curve in enumerate(curves):
             points = np.array(thinned([p for p in curve.points if all(map(math.isfinite, p))]))
             dash = list(DASHES)[curve.color // COLORS % len(DASHES)]
-            options: dict[str, Any] = {"color": SERIES[curve.color % COLORS], "linestyle": dash, "gid": "curve"}
+            options: dict[str, Any] = {
+                "color": SERIES[curve.color % COLORS],
+                "linestyle": dash,
+                "gid": f"curve_{number}",
+            }
             options |= {"alpha": 0.35, "linewidth": 0.8} if curve.faint else {"linewidth": 1.6}
             lonely = curve.dots or len(points) == 1
             axes.plot(points[:, 0], points[:, 1], marker="o" if lonely else "", markersize=3, **options)
@@ -111,16 +115,12 @@ def smoothed(points: Sequence[tuple[float, float]], parts: int = 60) -> list[tup
     return [(float(x), float(y)) for x, y in means]
 
 
-_number = 0
-
-
 def _for_page(svg: str, title: str) -> str:
     """Return a picture for a page that holds several: sized by its frame, with names of its own, in its colours."""
-    global _number
-    _number += 1
+    key = re.sub(r"\W+", "-", title.lower(), flags=re.ASCII)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>g{_number}-", svg)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{key}-", svg)
     for color, name in [(INK, "ink"), (LINE, "line"), *((c, f"c{i}") for i, c in enumerate(SERIES))]:
         svg = svg.replace(color, f"var(--{name})")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)

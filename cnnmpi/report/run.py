@@ -1,6 +1,7 @@
 """What a report is made of: the folder of a run, as far as it can be read, and what its model says of test images."""
 
 import json
+import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,20 +64,24 @@ class Run:
 
     @property
     def per_epoch(self) -> float:
-        """Steps of an epoch; 0 where no epoch has been completed."""
+        """Steps of an epoch; 0 where that is not known: a run's only epoch may have ended early."""
         pairs = [(number(line, "step"), number(line, "epoch")) for line in self.epochs]
+        if not any(epoch > 1 for _, epoch in pairs):
+            return 0.0
         return max((step / epoch for step, epoch in pairs if epoch > 0 and step > 0), default=0.0)
 
     def curve(self, name: str, of: str = "epochs") -> list[tuple[float, float]]:
         """Return (step, value) of what the lines of ``of`` ("epochs" or "steps") say under ``name``."""
         points = [(number(line, "step"), number(line, name)) for line in getattr(self, of)]
-        return [(step, value) for step, value in points if step == step and value == value]  # NaN: it is not there
+        return [(step, value) for step, value in points if math.isfinite(step) and math.isfinite(value)]
 
 
 def number(line: Line, name: str) -> float:
     """Return a number of a line; NaN where it is missing, or none."""
     value = line.get(name)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 2**1000:
+        return math.nan
+    return float(value)
 
 
 def read_run(path: Path) -> Run:

@@ -1,6 +1,5 @@
 """What a run writes down of its course: metrics.jsonl (each epoch), steps.jsonl (steps), starts.jsonl (its starts)."""
 
-import os
 import time
 from collections.abc import Callable
 from io import BufferedWriter
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cnnmpi.checkpoint import CheckpointError, write_atomically
+from cnnmpi.common.files import sync_open
 from cnnmpi.common.lines import read_lines, to_line
 from cnnmpi.report import METRICS, STARTS, STEPS
 from cnnmpi.train.board import Board
@@ -84,12 +84,14 @@ class Records:
                 if sync:
                     self._sync(name)
         except OSError as error:
+            if file := self._files.get(name):
+                file.close()
             self._files[name] = None
             self.tell(f"warning: {self.folder / name} cannot be written: {error.strerror}")
 
     def _sync(self, name: str) -> None:
         if file := self._files[name]:
-            os.fsync(file.fileno())
+            sync_open(file.fileno())
 
     def _read(self, name: str) -> tuple[list[Line], int]:
         try:
