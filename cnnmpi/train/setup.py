@@ -113,7 +113,7 @@ def set_up(
         total_steps=total_steps,
         attributes=model_attributes(config.model or "", options, model) | data_attributes(described, code),
         folder=folder,
-        reporter=Reporter(folder.path, config, silent=ranks.rank != 0),
+        report=Reporter(folder.path, config, silent=ranks.rank != 0),
         hooks=hooks or Hooks(),
         signals=signals,
         watchdog=watchdog,
@@ -345,10 +345,10 @@ def data_attributes(data: Data, code: Code) -> dict[str, Any]:
 
 def open_folder(trainer: Trainer, saved: Saved | None, tell: Tell) -> None:
     """Let the run have its folder: as a resumed run left it there, or with nothing of another run in its way."""
-    folder, reporter = trainer.folder, trainer.reporter
+    folder, report = trainer.folder, trainer.report
     trainer.unsaved = saved is None or saved.path.resolve().parent != folder.path
     folder.open(trainer.unsaved, to_toml(trainer.config), tell)
     if trainer.unsaved:
         trainer.best = -math.inf
     else:
-        trainer.ranks.on_rank0(as_user_errors()(lambda: reporter.rewind(trainer.step, trainer.steps_per_epoch)))
+        trainer.ranks.on_rank0(as_user_errors()(lambda: report.rewind(trainer.step, trainer.steps_per_epoch)))

@@ -63,7 +63,7 @@ class Trainer:
     total_steps: int
     attributes: dict[str, Any]  # of every checkpoint: what the data and the model are
     folder: RunFolder
-    reporter: Reporter
+    report: Reporter
     hooks: Hooks
     signals: StopSignals
     watchdog: Watchdog
@@ -152,7 +152,7 @@ class Trainer:
         F, optimizer = self.F, self.optimizer
         loss_sum, samples, *_, stops = totals
         gradient /= samples
-        if self.reporter.records.wants(self.step + 1):
+        if self.report.records.wants(self.step + 1):
             self.grad_norm = math.sqrt(gradient @ gradient)
         # from here on one model: the others share its parameters; the optimizer knows views into its flat gradient
         F.copy_into(self.flat.grads, gradient)
@@ -176,7 +176,7 @@ class Trainer:
     def _skip(self, error: NotFiniteError) -> None:
         """Leave a step out: to scale the loss less from then on, or as --on-nan says; else end the run."""
         if error.backward and self.scale.failed():
-            self.reporter.line(
+            self.report.line(
                 f"note: {error}; the step was skipped, and the loss is scaled by {self.scale.factor:g} now"
             )
         else:
@@ -186,7 +186,7 @@ class Trainer:
             self.skipped += 1
             if self.skipped >= MOST_SKIPPED:
                 raise UserError(f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help")
-            self.reporter.line(f"warning: {error}; the step was skipped")
+            self.report.line(f"warning: {error}; the step was skipped")
         self.optimizer.steps = self.step + 1
         self.stopping = self.ranks.any(self.signals.asked)
 
@@ -204,7 +204,7 @@ class Trainer:
         except Stopped:
             return self._stop()
         finally:
-            self.reporter.close()
+            self.report.close()
             self.folder.close()
 
     def _run(self) -> int:
@@ -212,8 +212,8 @@ class Trainer:
             self._save(LAST)  # a full disk is better found now than after an epoch
         first, *notes = self.greeting
         for line in (f"{first}; step {self.step} of {self.last_step}", *notes):
-            self.reporter.line(line)
-        self.reporter.begin(self.step, self.last_step, self.ranks, self.team.threads, self._samples())
+            self.report.line(line)
+        self.report.begin(self.step, self.last_step, self.ranks, self.team.threads, self._samples())
         newest: Evaluation | None = None
         started, done_before = time.perf_counter(), self.epoch_sums[1]
         while True:
@@ -237,19 +237,19 @@ class Trainer:
         digest = checkpoint.weights_digest(self.model.state_dict())
         result = f"test_acc={test.metrics['acc']:.4f}" if "acc" in test.metrics else f"test_loss={test.loss:.4f}"
         self._close(test)
-        self.reporter.line(f"done: {result} weights_sha256={digest}", important=True)
+        self.report.line(f"done: {result} weights_sha256={digest}", important=True)
         return 0
 
     def _stop(self) -> int:
         """Save, and say how to go on."""
         self._save(LAST)
-        self.reporter.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}", important=True)
-        self.reporter.line(f"to go on: {self.how_to_resume}", important=True)
+        self.report.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}", important=True)
+        self.report.line(f"to go on: {self.how_to_resume}", important=True)
         return STOPPED
 
     def _samples(self) -> Array | None:
         """Return this rank's first training images (N, C, H, W) as the network gets them, in 0..1, for TensorBoard."""
-        if self.reporter.board is None or self.ranks.rank or self.step:
+        if self.report.board is None or self.ranks.rank or self.step:
             return None
         images = np.concatenate([self.loader.batch(0, shard)[0] for shard in self.shards])
         mean, std = (np.array(values)[:, None, None] for values in (self.loader.mean, self.loader.std))
@@ -262,7 +262,7 @@ class Trainer:
         line = {"step": self.step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": self.grad_norm}
         first = index * self.loader.batch_size
         images = min(self.loader.batch_size, len(self.parts["train"].labels) - first)
-        self.reporter.step(line, self.last_step, math.ceil(self.last_step / self.steps_per_epoch), images)
+        self.report.step(line, self.last_step, math.ceil(self.last_step / self.steps_per_epoch), images)
 
     def _close(self, test: Evaluation) -> None:
         """Say where the time went, and write the report; what hinders that is a warning, the run is done."""
@@ -275,10 +275,10 @@ class Trainer:
             try:
                 page = write_report(self.out, self.model, test, self.parts["test"])
             except UserError as error:
-                self.reporter.line(f"warning: no report was written: {error}")
-        self.reporter.terminal.block(time_table(phases, whole))
+                self.report.line(f"warning: no report was written: {error}")
+        self.report.terminal.block(time_table(phases, whole))
         for line in what_now(self.out, self.saved, self.how_to_resume, page):
-            self.reporter.line(line)
+            self.report.line(line)
 
     def _evaluate(self, part: Part) -> Evaluation:
         """Return the evaluation of a part of the data. Raises Stopped on all ranks if a signal came meanwhile."""
@@ -319,7 +319,7 @@ class Trainer:
             "data": self.dataset.source,
         }
         # first the line, then the checkpoint: a resume drops a line that is ahead, but could not bring one back
-        self.reporter.epoch(metrics, newest, self.judge.name)
+        self.report.epoch(metrics, newest, self.judge.name)
         self.history.append(metrics)
         self.hooks.call("on_epoch", self, metrics)
         if score(newest) > self.best and math.isfinite(newest.loss):
