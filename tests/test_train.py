@@ -518,7 +518,7 @@ def test_damaged_metrics_are_mended_on_resume(ranks, shared_tmp, data, capsys):
     new(Config(out=run, resume="auto"), ranks)
     if ranks.rank == 0:
         assert (run / "metrics.jsonl").read_bytes() == whole
-        assert capsys.readouterr().out.count("dropped a damaged line") == len(damage) + 1
+        assert f"dropped {len(damage) + 1} damaged lines" in capsys.readouterr().out
 
 
 @pytest.mark.fault

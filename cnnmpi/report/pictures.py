@@ -6,7 +6,7 @@ import numpy as np
 
 from cnnmpi.common.arrays import Array
 
-LEAST = 256  # pixels of a side, at which a small matrix can still be seen
+LEAST = 400  # pixels of a side, at which a cell can still be seen
 FULL = np.array([11, 98, 196])  # the colour of all images of a class
 
 
