@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,29 @@ def test_a_torch_module_takes_the_exported_weights_and_gives_its_own(tmp_path):
 class Bomb:
     def __reduce__(self):
         return print, ("a pickle ran code",)
+
+
+@pytest.mark.parametrize("name", ["simplecnn", "smallresnet"])
+def test_the_modules_in_the_docs_give_the_same_logits(tmp_path, name):
+    text = (Path(__file__).parent.parent / "docs" / "checkpoint-format.md").read_text()
+    (source,) = re.findall(r"^```python\n(from torch import nn\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    modules: dict = {}
+    exec(source, modules)
+    model = MODELS[name](seed=1)
+    for _ in range(3):
+        model.forward(rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32))
+    model.eval()
+    told = {"classes": list("0123456789"), "mean": MEAN, "std": STD, "config": "{}"}
+    options = {"in_channels": 3, "num_classes": 10, "image_size": 32}
+    checkpoint.save(tmp_path / "a.h5", pack(model), model_attributes(name, options, model) | told)
+    assert main([str(tmp_path / "a.h5"), "--to", str(tmp_path / "a.pt")]) == 0
+    module = modules[type(model).__name__]()
+    module.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    x = rng(2).standard_normal((5, 3, 32, 32)).astype(np.float32)
+    with torch.no_grad():
+        theirs = module.eval()(torch.from_numpy(x)).numpy()
+    # float32 sums in another order, through seven layers
+    np.testing.assert_allclose(theirs, model.forward(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.fault
