@@ -12,6 +12,7 @@ COMMANDS = {
     "predict": ("cnnmpi.predict", "classes of image files"),
     "export": ("cnnmpi.export", "a checkpoint's model as ONNX, safetensors or a torch state_dict"),
     "data": ("cnnmpi.data.__main__", "make data files of images, arrays, MNIST or CIFAR; show and verify them"),
+    "profile": ("cnnmpi.profile.__main__", "where the time and the memory of a training step go, layer by layer"),
     "doctor": ("cnnmpi.doctor", "check MPI, cores, BLAS, disk and data before a job"),
     "chaos": ("cnnmpi.chaos", "train under random faults and compare the weights"),
     "checkpoint": ("cnnmpi.checkpoint.__main__", "show, verify or compare checkpoints, or make one of other files"),
