@@ -7,7 +7,7 @@
 """
 
 from cnnmpi.profile.flops import count_flops, matrix_peak
-from cnnmpi.profile.measure import LayerCost, Profile, measure
+from cnnmpi.profile.measure import LayerCost, Profile, measure, timed
 from cnnmpi.profile.step import Calls, Step
 
-__all__ = ["Calls", "LayerCost", "Profile", "Step", "count_flops", "matrix_peak", "measure"]
+__all__ = ["Calls", "LayerCost", "Profile", "Step", "count_flops", "matrix_peak", "measure", "timed"]

@@ -86,7 +86,11 @@ def _small_shards(step: Step) -> Iterator[str]:
     fewer = max(1, count // TIMES_LARGER)
     if fewer == count:
         return
-    seconds = compare(step, {"larger": lambda: step.cut(fewer), "given": lambda: step.cut(count)})
+    try:
+        seconds = compare(step, {"larger": lambda: step.cut(fewer), "given": lambda: step.cut(count)})
+    except MemoryError:
+        step.cut(count)
+        return
     if seconds["given"] > FASTER * seconds["larger"]:
         given, larger = (f"{images / each:.0f} images/s" for each in (seconds["given"], seconds["larger"]))
         yield (

@@ -16,7 +16,7 @@ from cnnmpi.models import Model
 from cnnmpi.profile.flops import count_flops
 from cnnmpi.profile.step import LOSS, OPTIMIZER, REST, Calls, Place, Step
 
-FEWEST = 3  # steps that are timed at least
+FEWEST = 4  # steps that are timed at least
 KINDS_OF_ARRAYS = ("params", "grads", "buffers")  # a layer's own, which it has all the time
 
 
@@ -97,7 +97,7 @@ def measure(step: Step, seconds: float = 2.0, clock: Callable[[], float] = time.
     What NumPy allocates is measured in a further pass of one shard; PyTorch does not report it.
     """
     flops = count_flops(step)
-    times, steps = _timed(step, seconds, clock)
+    times, steps = timed(step, seconds, clock)
     memory = _Memory() if step.model.use_torch else _measure_memory(step)
     layers = tuple(
         LayerCost(
@@ -134,10 +134,16 @@ def _kind(layer: Layer) -> str:
     return type(layer).__name__ + (" in groups" if getattr(layer, "groups", 1) != 1 else "")
 
 
-def _timed(step: Step, seconds: float, clock: Callable[[], float]) -> tuple[dict[Place, float], int]:
+def timed(
+    step: Step,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    watch_more: Callable[[Calls], None] = lambda calls: None,
+) -> tuple[dict[Place, float], int]:
     """Return the mean seconds of each place over the faster half of the steps, and how many steps there were.
 
     A mean over whole steps adds up as they do; what disturbs a machine for a moment is in the slower half.
+    ``watch_more`` may watch functions inside the layers, too.
     """
     steps: list[dict[Place, float]] = []
     spent: dict[Place, float] = {}
@@ -151,6 +157,7 @@ def _timed(step: Step, seconds: float, clock: Callable[[], float]) -> tuple[dict
 
     with Calls(charge) as calls:
         calls.watch_step(step)
+        watch_more(calls)
         while len(steps) < FEWEST or math.fsum(_sum(each) for each in steps) < seconds:
             spent = {}
             last = clock()

@@ -8,7 +8,7 @@ from cnnmpi.profile.measure import LayerCost, Profile
 from cnnmpi.profile.show import MIB, by_kind, cells, head, rows_of
 
 COLOURS = 8  # of page.py; kinds beyond share the last
-LEAST_NAMED = 0.012  # share of the step from which on a box has room for a name
+LEAST_NAMED = 0.02  # share of the step from which on a box has room for a name
 NS = 1e9  # widths are in whole nanoseconds: CSS fills a row only if its numbers are 1 or more together
 STYLE = """
 .icicle { min-width: 42rem; font-size: .74rem; line-height: 1.5rem; print-color-adjust: exact;
