@@ -222,6 +222,7 @@ def test_operations_are_those_of_direct_convolution(layer, shape, products, froz
     backward = int(not first) + int(not layer.frozen)
     expected = {("layer", "forward"): 2.0 * products, ("layer", "backward"): 2.0 * products * backward}
     assert {place: flops.get(place, 0.0) for place in expected} == expected
+    assert count_flops(a_step(net, shape, shards=2)) == flops
 
 
 def test_simplecnn_has_the_multiply_adds_that_the_readme_says():
@@ -492,7 +493,7 @@ def test_torch_is_profiled_without_bytes(capsys):
         (["--shape", "3", "2", "2"], "--model simplecnn cannot be built"),
         (["--data", "nothing.h5"], "nothing.h5"),
         (["--precision", "bfloat16"], "--precision bfloat16 needs --backend torch"),
-        (["--model", "FILE:Fails"], "--model FILE:Fails fails in a step: RuntimeError: too bright (FILE, line 37)"),
+        (["--model", "FILE:Fails"], "--model FILE:Fails fails in a step: RuntimeError: too bright ("),
         (["--model", "FILE:Net", "--out", "/dev/null/page.html"], "/dev/null/page.html"),
     ],
 )

@@ -21,7 +21,7 @@ STYLE = """
 .legend span { margin-right: 1rem; white-space: nowrap }
 .legend i { display: inline-block; width: .8rem; height: .8rem; background: var(--kind); margin-right: .3rem;
   print-color-adjust: exact; -webkit-print-color-adjust: exact }
-@media print { .icicle { min-width: 0; font-size: 7px } }
+@media print { .icicle { min-width: 0; font-size: 7px } table { font-size: 9px } }
 """
 
 
