@@ -36,7 +36,7 @@ PROGRAM = "cnnmpi.profile"
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile as ``argv`` says (the command line's if None). Returns the exit code."""
     try:
-        tyro.cli(run, args=argv, prog=PROGRAM, description=__doc__)
+        tyro.cli(run, args=argv, prog=PROGRAM)
     except (CheckpointError, DataError, UserError) as error:
         complain(PROGRAM, error)
         return 2
@@ -71,7 +71,7 @@ def run(
         classes: number of classes where no data are named.
         batch_size: images in a batch, over all ranks.
         shards: pieces of the batch, each of which is computed at once.
-        threads: threads inside an operation. In training, threads take whole shards, as long as there are enough: 1.
+        threads: threads inside an operation; the threads of a rank take whole shards instead, while there are enough.
         backend: engine under the layers.
         precision: of torch's convolutions and matrix products.
         seconds: how long to measure.

@@ -36,7 +36,9 @@ def profile_page(title: str, told: str, profile: Profile, peak: float, advice: S
     if profile.peak is not None:
         values.append(("MiB at most, of a shard", f"{profile.peak / MIB:.0f}"))
     kinds = by_kind(profile)
-    colours = {cost.name: min(i, COLOURS - 1) for i, cost in enumerate(cost for cost in kinds if cost.is_leaf)}
+    coloured = {layer.kind for layer in profile.layers if layer.is_leaf}
+    slowest_first = [cost.name for cost in kinds if cost.name in coloured]
+    colours = {kind: min(index, COLOURS - 1) for index, kind in enumerate(slowest_first)}
     descriptions = [(layer.name, layer.text) for layer in profile.layers if layer.is_leaf]
     advised = "".join(f"<li>{escape(line)}</li>" for line in advice)
     return page(

@@ -37,7 +37,7 @@ def _together(layers: Sequence[LayerCost], name: str) -> LayerCost:
         name=name,
         kind="",
         text="",
-        is_leaf=all(layer.is_leaf for layer in layers),
+        is_leaf=False,
         forward=math.fsum(layer.forward for layer in layers),
         backward=math.fsum(layer.backward for layer in layers),
         forward_flops=math.fsum(layer.forward_flops for layer in layers),

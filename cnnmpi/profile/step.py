@@ -23,7 +23,7 @@ class Step:
 
     ``images`` float32 (N, C, H, W) and ``targets`` (N,) or (N, K) are NumPy arrays; ``loss(logits, targets,
     reduction="sum")`` and the optimizer are of the model's engine. Reading and augmenting images, and the sum over
-    ranks, are no part of it. The learning rate becomes 0, so that every step computes the same. Raises ValueError for
+    ranks, are no part of it. The learning rate becomes 0, so that the weights stay as they are. Raises ValueError for
     shards without images.
     """
 
