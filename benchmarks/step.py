@@ -1,23 +1,23 @@
 """One training step - forward, loss, backward, optimizer - of cnnmpi and of PyTorch, on the same threads.
 
-python -m benchmarks.step [--model smallresnet] [--threads 2] [--profile]
+python -m benchmarks.step [--model smallresnet] [--threads 2] [--inside]
 """
 
 import math
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import threadpoolctl
 
 from benchmarks.rounds import Competitor, hardware, options, ratios, refuse_slow_blas, spread, table, take_turns
-from benchmarks.worker import Ours, inputs
+from benchmarks.worker import Ours
+from cnnmpi import functional
 from cnnmpi.functional import conv, winograd
-from cnnmpi.layers import Conv2d, Layer, Linear, Whitening
-from cnnmpi.models import MODELS
+from cnnmpi.layers import Convolution
+from cnnmpi.profile import Calls, Step, count_flops, matrix_peak, measure, timed
+from cnnmpi.profile.show import by_kind, cells, head, rows_of
 
 ENGINE, LOW = "torch engine", "torch engine bfloat16"
 EAGER, LAST, COMPILED, AUTOCAST = "torch eager", "torch channels_last", "torch compile", "torch autocast bfloat16"
@@ -29,41 +29,10 @@ TOLERANCE = {"float16": 0.2, "tf32": 0.2}
 USUAL_TOLERANCE = 0.01
 
 
-def operations(model: str, batch: int) -> float:
-    """Return the floating-point operations of the matrix products in a step, as direct convolution counts them."""
-    net, total = MODELS[model](), 0.0
-    first = next(layer for _, layer in net.walk() if isinstance(layer, Conv2d))
-
-    def count(layer: Layer) -> None:
-        forward = layer.forward
-
-        def counting(x: Any) -> Any:
-            nonlocal total
-            y = forward(x)
-            share = np.prod((layer.params | layer.buffers)["weight"].shape[1:]) * y.size * 2
-            # whitening learns nothing, and before the first layer that learns no gradient is needed
-            total += float(share) * (1 if isinstance(layer, Whitening) else 2 if layer is first else 3)
-            return y
-
-        layer.forward = counting
-
-    for _, layer in net.walk():
-        if isinstance(layer, Conv2d | Linear | Whitening):
-            count(layer)
-    net.forward(inputs(2)[0])
-    return total * batch / 2
-
-
-def peak(threads: int) -> float:
-    """Return the most floating-point operations a second that a matrix product of this machine reaches."""
-    a, b = np.ones((2048, 2048), np.float32), np.ones((2048, 2048), np.float32)
-    best = 1e9
-    with threadpoolctl.threadpool_limits(threads, user_api="blas"):
-        for _ in range(8):
-            started = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - started)
-    return 2 * 2048**3 / best
+def numpy_step(model: str, batch: int) -> Step:
+    """Return a step of ours on NumPy, of a whole batch at once."""
+    side = Ours("numpy", model, batch, 1)
+    return Step(side.model, side.x, side.y, functional.cross_entropy_loss, side.optimizer)
 
 
 def check_equal(sides: dict[str, Competitor]) -> None:
@@ -102,7 +71,8 @@ def compare(model: str, batch: int, threads: int, rounds: int) -> str:
     sides = {kind: Competitor(kind, model, batch, threads) for kind in KINDS}
     check_equal(sides)
     take_turns(sides, rounds, seconds=0.5)
-    count, fastest = operations(model, batch), peak(threads)
+    count = sum(count_flops(numpy_step(model, 2)).values()) * batch / 2
+    fastest = matrix_peak(threads=threads)
     rows = []
     for name, side in sides.items():
         if side.failure:
@@ -123,65 +93,44 @@ def compare(model: str, batch: int, threads: int, rounds: int) -> str:
     )
 
 
-def profile(model: str, batch: int, steps: int = 10) -> str:
+def profile(model: str, batch: int, seconds: float = 4.0) -> str:
     """Return where a NumPy step's time goes, on one thread: layer by layer, and op by op inside the convolutions."""
-    side = Ours("numpy", model, batch, 1)
-    times: dict[str, float] = {}
-
-    def timed(where: str, function: Any) -> Any:
-        def call(*args: Any, **options: Any) -> Any:
-            started = time.perf_counter()
-            result = function(*args, **options)
-            times[where] = times.get(where, 0) + (time.perf_counter() - started) / steps * 1e3
-            return result
-
-        return call
-
-    kinds: dict[str, list[str]] = {}
-    for name, layer in side.model.walk():
-        if not list(layer.children()):
-            forward, backward = f"{name} {layer!r} forward", f"{name} {layer!r} backward"
-            layer.forward, layer.backward = timed(forward, layer.forward), timed(backward, layer.backward)
-            kinds.setdefault(type(layer).__name__, []).extend([forward, backward])
-    side.optimizer.step = timed("optimizer", side.optimizer.step)
-    parts = [f"_transform_{what}{way}" for what in ("filters", "data", "output") for way in ("", "_backward")]
-    original = {(m, n): getattr(m, n) for m, names in ((winograd, parts), (conv, ["im2col"])) for n in names}
-    try:
-        for (module, name), function in original.items():
-            setattr(module, name, timed(f"of Conv2d: {name.lstrip('_')}", function))
-        side.step()
-        times.clear()
-        started = time.perf_counter()
-        for _ in range(steps):
-            side.step()
-        whole = (time.perf_counter() - started) / steps * 1e3
-    finally:
-        for (module, name), function in original.items():
-            setattr(module, name, function)
-    inside = {where: value for where, value in times.items() if where.startswith("of Conv2d")}
-    layers = {where: value for where, value in times.items() if where not in inside}
-    summary = {kind: sum(times.get(where, 0) for where in names) for kind, names in kinds.items()}
-    summary |= inside | {"of Conv2d: the rest, mostly matrix products": summary["Conv2d"] - sum(inside.values())}
-    summary["optimizer"] = times["optimizer"]
-    summary["the rest: loss, residual sums, zero_grad"] = whole - sum(layers.values())
-
-    def rows(values: dict[str, float]) -> list[list[str]]:
-        return [[where, f"{value:.2f}", f"{value / whole:.1%}"] for where, value in values.items()]
-
+    peak, whole = matrix_peak(), measure(numpy_step(model, batch), seconds)
     return (
-        f"### {model}, batch {batch}, 1 thread: profile of the NumPy step, {whole:.0f} ms\n\n"
-        f"{table(['layer', 'ms', 'share'], rows(layers))}\n\n{table(['kind', 'ms', 'share'], rows(summary))}\n"
+        f"### {model}, batch {batch}, 1 thread: profile of the NumPy step, {whole.seconds * 1e3:.0f} ms\n\n"
+        f"{table(head(whole, 'layer', bar=False), cells(rows_of(whole), whole, peak, bar=False))}\n\n"
+        f"{table(head(whole, 'kind', bar=False), cells(by_kind(whole), whole, peak, bar=False))}\n\n"
+        f"{inside(model, batch, seconds)}"
     )
+
+
+def inside(model: str, batch: int, seconds: float = 4.0) -> str:
+    """Return what the time of the convolutions is made of, on one thread: the parts of Winograd's way, and im2col."""
+    parts = [f"_transform_{what}{way}" for what in ("filters", "data", "output") for way in ("", "_backward")]
+    watched = [*((winograd, name) for name in parts), (conv, "im2col")]
+
+    def watch(calls: Calls) -> None:
+        for module, name in watched:
+            calls.watch(module, name, (name, "inside"))
+
+    step = numpy_step(model, batch)
+    times, _ = timed(step, seconds, watch_more=watch)
+    convolutions = {name for name, layer in step.model.walk() if isinstance(layer, Convolution)}
+    values = {name.lstrip("_"): times.get((name, "inside"), 0.0) for _, name in watched}
+    values["the rest, mostly matrix products"] = sum(took for (name, _), took in times.items() if name in convolutions)
+    total = sum(values.values())
+    rows = [[name, f"{took * 1e3:.2f}", f"{took / total:.1%}"] for name, took in values.items()]
+    return f"{table(['inside the convolutions', 'ms', 'share of them'], rows)}\n"
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--profile", action="store_true", help="print where the NumPy step's time goes, on 1 thread")
+    parser.add_argument("--inside", action="store_true", help="print what NumPy's convolutions do, on 1 thread")
     args = parser.parse_args()
     refuse_slow_blas()
-    if args.profile:
-        print(profile(args.model, args.batch))
+    if args.inside:
+        print(inside(args.model, args.batch))
         return
     print(hardware(), "\n")
     print(compare(args.model, args.batch, args.threads, args.rounds))

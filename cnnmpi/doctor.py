@@ -26,13 +26,13 @@ import tyro
 
 from cnnmpi import console
 from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
-from cnnmpi.data import DataError, Dataset, NotInPlace, find_data, read_hdf5, read_in_place, synthetic
+from cnnmpi.data import DataError, Dataset
 from cnnmpi.distributed import Ranks, UserError, failing_together, launched, little_shared_memory, start
 from cnnmpi.machine import allowance, blas_kernels, free_mib, shared_folders
 from cnnmpi.models import MODELS, Model
 from cnnmpi.train.code import Code, explained, source_sha256
 from cnnmpi.train.config import DEFAULTS, Config, resolve
-from cnnmpi.train.inputs import input_options
+from cnnmpi.train.inputs import input_options, look_at_data
 from cnnmpi.train.setup import make_model
 
 MIB = 1 << 20
@@ -193,21 +193,10 @@ def check_space(out: Path, size: int) -> Finding:
     return Finding(text, "" if free > needed else "make room, or name another folder with --out")
 
 
-def read_data(spec: str) -> tuple[Path | None, Dataset]:
-    """Return the data that ``--data spec`` means, and their file if there is one. Raises DataError."""
-    path = find_data("data/cifar10.h5" if spec in ("auto", "cifar10") else spec)
-    if path is None:
-        return path, synthetic()
-    try:
-        return path, read_in_place(path)
-    except NotInPlace:
-        return path, read_hdf5(path)
-
-
 def check_data(spec: str) -> Finding:
     """Read all of the data file and name its digest."""
     try:
-        path, dataset = read_data(spec)
+        path, dataset = look_at_data(spec)
         if path is None:
             return Finding("synthetic images need no file")
         digest = dataset.digest()
@@ -228,7 +217,7 @@ def check_data(spec: str) -> Finding:
 
 def build(name: str, spec: str) -> tuple[Config, Model, Dataset]:
     """Return the network of this name as it would be trained on these data. Raises UserError or DataError."""
-    code, dataset = Code(), read_data(spec)[1]
+    code, dataset = Code(), look_at_data(spec)[1]
     config = resolve(Config(model=name), code)
     network = code.find("model", name)
     options = input_options(dataset) | {"seed": config.seed or 0}

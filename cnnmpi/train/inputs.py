@@ -80,6 +80,20 @@ def open_data(data: str | Dataset, ranks: Ranks, tell: Tell, data_dir: str = "da
     return Data(dataset, sha256, mean, std)
 
 
+def look_at_data(spec: str) -> tuple[Path | None, Dataset]:
+    """Return what ``--data spec`` means, and its file if there is one, for who only looks: nothing is downloaded.
+
+    Raises DataError.
+    """
+    path = find_data("data/cifar10.h5" if spec in ("auto", "cifar10") else spec)
+    if path is None:
+        return path, synthetic()
+    try:
+        return path, read_in_place(path)
+    except NotInPlace:
+        return path, read_hdf5(path)
+
+
 def _open_file(path: Path, ranks: Ranks, data_in: str) -> Dataset:
     """Return the data set of a file: in memory, one copy for all ranks of this host, or with its images left there."""
     if data_in != "memory":
