@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.machine import blas_kernels, processor
+from cnnmpi.machine import FORCING_BLAS, blas_kernels, processor
 from cnnmpi.models import MODELS
-
-FORCED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
 
 class Competitor:
@@ -117,11 +115,11 @@ def options(about: str | None) -> argparse.ArgumentParser:
 
 def refuse_slow_blas() -> None:
     """End where the environment forces OpenBLAS to kernels that it would not choose: the comparison would be unfair."""
-    forced = [f"{name}={os.environ[name]}" for name in FORCED if name in os.environ]
+    forced = [f"{name}={os.environ[name]}" for name in FORCING_BLAS if name in os.environ]
     if forced:
         sys.exit(
             f"{' '.join(forced)} forces OpenBLAS to other kernels than this processor's: the comparison would be "
-            f"unfair to NumPy. Run it again with: env {' '.join('-u ' + name for name in FORCED)} python -m benchmarks"
+            f"unfair to NumPy. Run it again with: env {' '.join('-u ' + name for name in FORCING_BLAS)} python -m benchmarks"
         )
 
 

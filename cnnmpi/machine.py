@@ -191,6 +191,7 @@ def keep_freed_memory() -> None:
 
 # -- BLAS --------------------------------------------------------------------------------------------------------------
 
+FORCING_BLAS = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # let OpenBLAS run what it would not choose by itself
 _lock = threading.Lock()
 _inside = 0  # how many threads are inside one_blas_thread() now
 _before: list[tuple[Any, int]] = []  # each library with one limit for the process, and its number of threads outside

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Iterator
 
 from cnnmpi.layers import Layer
-from cnnmpi.machine import usable_cores
+from cnnmpi.machine import FORCING_BLAS, blas_kernels, usable_cores
 from cnnmpi.profile.measure import LayerCost, Profile, compare
 from cnnmpi.profile.step import Calls, Step
 
-FORCING = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # let OpenBLAS run what it would not choose for this processor
 TIMES_LARGER = 4  # the shards with which the given ones are compared
 # A difference counts from here on. On a busy machine two timings of the same differ by some percent.
 FASTER = 1.25
@@ -26,22 +25,22 @@ def advice(step: Step, profile: Profile, threads: int, peak: float) -> list[str]
 
     ``peak`` is that of ``matrix_peak`` for these ``threads``. Measures what is needed to know, on ``step``.
     """
-    found = [*_forced_blas(step, threads, peak), *_doubles(step), *_threads(step, threads), *_small_shards(step)]
+    found = [*_forced_blas(step), *_doubles(step), *_threads(step, threads), *_small_shards(step)]
     return found + [line for layer in profile.layers for line in _dominant(layer, profile.seconds, peak)]
 
 
-def _forced_blas(step: Step, threads: int, peak: float) -> Iterator[str]:
-    """Compare the peak with that of another process, whose BLAS is not forced."""
-    forced = [f"{name}={os.environ[name]}" for name in FORCING if name in os.environ]
+def _forced_blas(step: Step) -> Iterator[str]:
+    """Compare the kernels of matrix products with those of another process, whose BLAS is not forced."""
+    forced = [f"{name}={os.environ[name]}" for name in FORCING_BLAS if name in os.environ]
     if not forced or step.model.use_torch:
         return
-    code = f"from cnnmpi.profile import matrix_peak; print(matrix_peak(dtype={step.dtype!r}, threads={threads}))"
-    free = {name: value for name, value in os.environ.items() if name not in FORCING}
+    code = "from cnnmpi.machine import blas_kernels; print(blas_kernels())"
+    free = {name: value for name, value in os.environ.items() if name not in FORCING_BLAS}
     result = subprocess.run([sys.executable, "-c", code], env=free, capture_output=True, text=True)
-    if result.returncode == 0 and float(result.stdout) > FASTER * peak:
+    if result.returncode == 0 and result.stdout.strip() != blas_kernels():
         yield (
-            f"{' '.join(forced)} makes matrix products slow: {peak / 1e9:.0f} GFLOP/s, and "
-            f"{float(result.stdout) / 1e9:.0f} without: unset it"
+            f"{' '.join(forced)} lets matrix products run by the kernels {blas_kernels()}; this processor's own are "
+            f"{result.stdout.strip()}: unset it"
         )
 
 
