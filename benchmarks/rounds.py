@@ -119,7 +119,8 @@ def refuse_slow_blas() -> None:
     if forced:
         sys.exit(
             f"{' '.join(forced)} forces OpenBLAS to other kernels than this processor's: the comparison would be "
-            f"unfair to NumPy. Run it again with: env {' '.join('-u ' + name for name in FORCING_BLAS)} python -m benchmarks"
+            "unfair to NumPy. Run it again with: "
+            f"env {' '.join('-u ' + name for name in FORCING_BLAS)} python -m benchmarks"
         )
 
 

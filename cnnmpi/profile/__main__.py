@@ -96,7 +96,8 @@ def run(
         f"{config.model}: a step of {profile.images} images of {size} in {profile.shards} "
         f"shard{'s' * (profile.shards > 1)}, {threads} thread{'s' * (threads > 1)}, {backend} {precision}; "
         f"times in ms, means over the faster half of {profile.steps} steps. "
-        f"A matrix product reaches {peak / 1e9:.0f} GFLOP/s."
+        f"A matrix product reaches {peak / 1e9:.0f} GFLOP/s; Winograd's convolutions exceed that, as GFLOP are counted "
+        "without it."
     )
     show(told, profile, peak, advised)
     if out is not None:
