@@ -75,8 +75,8 @@ class Meaning:
         return f"{printable(self.classes[k])} " + (f"{value:.3g}" if self.loss == "mse" else f"{value:.1%}")
 
 
-class Form(Protocol):
-    """A form in which answers are written, one after the other."""
+class Writer(Protocol):
+    """Writes answers in some form, one after the other."""
 
     def add(self, answer: Answer) -> None:
         """Write the next answer."""

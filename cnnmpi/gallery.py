@@ -23,6 +23,7 @@ MOST_LISTED = 50  # unreadable files
 MOST_LINKED = 50  # classes
 MOST_ROWS = 1000  # classes in the table
 LONGEST = 60  # characters of a name or a path
+STYLE = ".wide { margin-top: 1rem }"
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Group:
 
 
 class Gallery:
-    """A form of answers that is written at the end: ``title`` and the pairs (name, value) of ``facts`` stand on top."""
+    """Takes note of answers and writes the page at the end, below the ``title`` and the pairs of ``facts()``."""
 
     def __init__(
-        self, file: Output, meaning: Meaning, title: str, facts: Callable[[], Sequence[tuple[str, object]]]
+        self, file: Output, meaning: Meaning, title: str, facts: Callable[[], Sequence[tuple[str, str]]]
     ) -> None:
         self.file, self.meaning, self.title, self.facts = file, meaning, title, facts
         self.paths: list[str] = []
@@ -61,7 +62,7 @@ class Gallery:
 
     def end(self) -> None:
         """Write the page."""
-        self.file.write(page(self.title, self.body()))
+        self.file.write(page(self.title, self.body(), STYLE))
 
     def body(self) -> str:
         """Return what stands below the title, as HTML."""
@@ -71,6 +72,9 @@ class Gallery:
         quotas = evenly([len(group.images) for group in groups], SHOWN)
         numbers = self.meaning.loss == "mse"
         parts = [tiles(self.facts())]
+        if sum(quotas) < len(best):
+            which = "spread evenly" if numbers else f"equally many of each {self.meaning.names[0]} where it has as many"
+            parts.append(f"<p>Shown are {sum(quotas):,} of the {len(best):,} images, {which}.</p>")
         if not numbers:
             parts += self.table(groups, values[:, 0])
             linked = [group for group, quota in zip(groups, quotas, strict=True) if quota][:MOST_LINKED]
@@ -153,7 +157,7 @@ def grouped(best: Array, sure: Array, meaning: Meaning) -> list[Group]:
         return [Group("Images", 0, order)]
     order = order[np.argsort(best[order], kind="stable")]
     labels, starts = np.unique(best[order], return_index=True)
-    members = np.split(order, starts[1:])
+    members = np.split(order, starts)[1:]
     titles = [shortened(meaning.classes[label]) for label in labels]
     groups = [Group(*each) for each in zip(titles, labels.tolist(), members, strict=True)]
     return sorted(groups, key=lambda group: -len(group.images))

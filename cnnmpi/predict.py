@@ -7,6 +7,7 @@ find photos -name '*.png' -print0 | python -m cnnmpi.predict runs/simplecnn-0/be
 """
 
 import contextlib
+import functools
 import glob
 import itertools
 import math
@@ -14,13 +15,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
 
-from cnnmpi.answers import Answer, Csv, Form, Json, Lines, Meaning, Output
+from cnnmpi.answers import Answer, Csv, Json, Lines, Meaning, Output, Writer
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.common.arrays import Array, nchw
 from cnnmpi.common.text import read_json
@@ -41,6 +43,7 @@ from cnnmpi.train.setup import load_trained, make_team, share_parameters, to_eng
 PROGRAM = "cnnmpi.predict"
 
 Read = Callable[[str], Array]
+File = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
 
 
 @command
@@ -55,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(
     checkpoint: Annotated[Path, tyro.conf.Positional],
-    images: Annotated[tuple[str, ...], tyro.conf.Positional],
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE|FOLDER|PATTERN|- ...")],
     /,
-    csv: str | None = None,
-    json: str | None = None,
-    gallery: str | None = None,
+    csv: File = None,
+    json: File = None,
+    gallery: File = None,
     top: int | None = None,
     strict: bool = False,
     threads: int = 0,
@@ -94,7 +97,8 @@ def run(
     """
     if not images:
         raise UserError("name at least one image")
-    config = Config(backend=backend, device=device, precision=precision, threads=threads)
+    # exact: where what a thread computes does not depend on how many there are
+    config = Config(backend=backend, device=device, precision=precision, threads=threads, reduction="exact")
     trained = load_trained(checkpoint, model)
     to_engine(trained, config)
     classes = trained.info.classes
@@ -105,61 +109,56 @@ def run(
     outputs = [Output(option, path) for option, path in named.items() if path is not None]
     check_outputs(outputs, checkpoint)
     paths = list(find_files(images, outputs))
-    meaning, count = Meaning(classes, loss_of(trained), top), Count(len(paths), tta)
+    meaning, count = Meaning(classes, loss_of(trained), top), Count(tta)
+    began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        forms: list[Form] = [] if outputs else [Lines(meaning)]
+        writers: list[Writer] = [] if outputs else [Lines(meaning)]
         for output in outputs:
             stack.enter_context(output)
             if output.option == "--csv":
-                forms.append(Csv(output, meaning))
+                writers.append(Csv(output, meaning))
             elif output.option == "--json":
-                forms.append(Json(output, meaning))
+                writers.append(Json(output, meaning))
             else:
-                forms.append(Gallery(output, meaning, f"What {checkpoint} says", count.facts))
+                writers.append(Gallery(output, meaning, f"Predictions of {checkpoint}", count.facts))
         with progress(len(paths), PROGRAM, "images") if outputs else contextlib.nullcontext(lambda _: None) as advance:
             for answer in answers(trained, config, paths, read, tta):
-                if answer.error:
+                if answer.values is None:
+                    count.unreadable += 1
                     complain(PROGRAM, f"{answer.path}: {answer.error}")
-                for form in forms:
-                    form.add(answer)
-                count.add(answer)
+                else:
+                    count.images += 1
+                for writer in writers:
+                    writer.add(answer)
                 advance(1)
-        count.stop()
-        for form in forms:
-            form.end()
+        count.seconds = time.monotonic() - began
+        for writer in writers:
+            writer.end()
     if outputs:
         print(f"{PROGRAM}: {count}", file=sys.stderr)
     elif count.unreadable and len(paths) > 1:
-        print(f"{PROGRAM}: {count.unreadable} of {len(paths)} files could not be read", file=sys.stderr)
+        print(f"{PROGRAM}: {count.unreadable:,} of {len(paths):,} files could not be read", file=sys.stderr)
     return 2 if count.unreadable > (0 if strict else len(paths) - 1) else 0
 
 
+@dataclass
 class Count:
-    """How many of ``total`` files have been read, in which time, by which ``views``."""
+    """How many files were read as images and how many could not be, in how many seconds, and by which views."""
 
-    def __init__(self, total: int, views: Views) -> None:
-        self.total, self.views = total, views
-        self.readable = self.unreadable = 0
-        self.began = time.monotonic()
-        self.seconds = 0.0
+    views: Views
+    images: int = 0
+    unreadable: int = 0
+    seconds: float = math.nan
 
-    def stop(self) -> None:
-        """Note the time that it took."""
-        self.seconds = time.monotonic() - self.began
-
-    def add(self, answer: Answer) -> None:
-        """Count an answer."""
-        self.unreadable += bool(answer.error)
-        self.readable += not answer.error
-
-    def facts(self) -> list[tuple[str, object]]:
+    def facts(self) -> list[tuple[str, str]]:
         """Return pairs (name, value) for people."""
-        speed = self.readable / max(self.seconds, 1e-9)
-        numbers = [("images", self.readable), ("images/s", round(speed)), ("unreadable", self.unreadable)]
-        return [*((name, f"{number:,}") for name, number in numbers), ("views", self.views)]
+        speed = f"{self.images / self.seconds:,.0f}"
+        numbers = [("images", f"{self.images:,}"), ("images/s", speed), ("unreadable", f"{self.unreadable:,}")]
+        return [*numbers, ("--tta", self.views)]
 
     def __str__(self) -> str:
-        return ", ".join(f"{value} {name}" for name, value in self.facts())
+        *numbers, (option, views) = self.facts()
+        return ", ".join([*(f"{value} {name}" for name, value in numbers), f"{option} {views}"])
 
 
 def reader(model: Model, checkpoint: Path) -> Read:
@@ -194,8 +193,7 @@ def find_files(arguments: Sequence[str], outputs: Collection[Output] = ()) -> It
         elif os.path.lexists(argument) or not glob.has_magic(argument):
             files = [argument]
         else:
-            found = glob.iglob(argument, recursive=True)  # noqa: PTH207 - a Path takes no absolute pattern
-            files = sorted(path for path in found if not Path(path).is_dir())
+            files = matching(argument)
         if not files:
             what = {"-": "standard input names"}.get(argument, f"{argument} gives")
             raise UserError(f"{what} no files")
@@ -214,8 +212,17 @@ def files_of(folder: Path) -> list[str]:
     return [str(files[name]) for name in sorted(files)]
 
 
+def matching(pattern: str) -> list[str]:
+    """Return the paths of the files that match, sorted; one of those that lead to the same by links to folders."""
+    found = glob.iglob(pattern, recursive=True)  # noqa: PTH207 - a Path takes no absolute pattern
+    real = functools.cache(os.path.realpath)
+    longest_first = sorted(found, key=len, reverse=True)
+    once = {(real(Path(path).parent), Path(path).name): path for path in longest_first}
+    return sorted(path for path in once.values() if not Path(path).is_dir())
+
+
 def listed_files() -> list[str]:
-    """Return the paths on standard input: one a line or, if there is a NUL character, one before each of those."""
+    """Return the paths on standard input: one a line or, if there are NUL characters, those between them."""
     if sys.stdin is None:
         return []
     text = sys.stdin.buffer.read()
