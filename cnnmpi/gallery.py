@@ -73,8 +73,9 @@ class Gallery:
         numbers = self.meaning.loss == "mse"
         parts = [tiles(self.facts())]
         if sum(quotas) < len(best):
-            which = "spread evenly" if numbers else f"equally many of each {self.meaning.names[0]} where it has as many"
-            parts.append(f"<p>Shown are {sum(quotas):,} of the {len(best):,} images, {which}.</p>")
+            evenly_sure = f"the least sure of each {self.meaning.names[0]}, equally many where there are enough"
+            which = "spread evenly" if numbers else evenly_sure
+            parts.append(f"<p>Shown are {sum(quotas):,} of the {len(best):,} images: {which}.</p>")
         if not numbers:
             parts += self.table(groups, values[:, 0])
             linked = [group for group, quota in zip(groups, quotas, strict=True) if quota][:MOST_LINKED]

@@ -514,7 +514,8 @@ def test_a_pattern_gives_the_files_that_match_sorted_unless_a_file_has_that_name
         f"{tmp_path}/a[0-9].png": [f"{tmp_path}/a1.png"],
     }.items():
         assert main([str(trained[0]), pattern]) == 0
-        assert paths_in(capsys.readouterr().out) == expected, pattern
+        out, err = capsys.readouterr()
+        assert paths_in(out) == expected and not err, pattern
 
 
 @pytest.mark.parametrize("name", ["p/*.png", "empty", "-"])
@@ -578,14 +579,15 @@ def test_json_holds_what_the_model_says_and_texts_as_they_are(trained, tmp_path,
 
 
 def test_what_is_no_number_is_null_in_json(trained, tmp_path, capsys, monkeypatch):
-    image = drawn(tmp_path / "a.png", 0)
-    values = np.array([[np.nan, np.inf, -np.inf, 0.1]], np.float32)
+    images = [str(drawn(tmp_path / f"{k}.png", k)) for k in range(2)]
+    values = np.array([[0.2, 0.3, 0.2, 0.1], [np.nan, np.inf, -np.inf, 0.1]], np.float32)
     monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: values)
     arguments = ["--json", str(tmp_path / "a.json"), "--gallery", str(tmp_path / "a.html"), "--top", "4"]
-    assert main([str(trained[0]), str(image), *arguments]) == 0
-    (said,) = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert main([str(trained[0]), *images, *arguments]) == 0
+    _, said = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
     assert sorted(one["probability"] is None for one in said["classes"]) == [False, True, True, True]
     assert 0.1 in [one["probability"] for one in said["classes"]], "as short as the float32 allows"
+    assert [each["alt"] for each in Shown((tmp_path / "a.html").read_text()).pictures] == images[::-1], "the least sure"
 
 
 @pytest.mark.parametrize(
