@@ -18,6 +18,7 @@ from cnnmpi.data.sources.folder import in_order
 from cnnmpi.page import card, escape, page, table, tiles
 
 SHOWN = 500  # images on a page: with pictures of up to 128 pixels a side, some 3 MB
+NAMED = 5  # classes of an image, at most
 SIDE = 128  # pixels of a picture's longer side
 MOST_LISTED = 50  # unreadable files
 MOST_LINKED = 50  # classes
@@ -44,7 +45,7 @@ class Gallery:
         self.file, self.meaning, self.title, self.facts = file, meaning, title, facts
         self.paths: list[str] = []
         self.unreadable: list[tuple[str, str]] = []
-        self.kept = len(meaning.best(np.zeros(len(meaning.classes))))  # classes of each image
+        self.kept = len(meaning.listed(np.zeros(len(meaning.classes)))[:NAMED])
         self.best, self.values, self.sure = array("l"), array("f"), array("f")
         self.likely = np.zeros(len(meaning.classes), np.int64)  # images that have this label, rather than not
 
@@ -53,7 +54,7 @@ class Gallery:
         if (values := answer.values) is None:
             self.unreadable.append((answer.path, answer.error))
             return
-        best = self.meaning.best(values)
+        best = self.meaning.listed(values)[: self.kept]
         self.paths.append(answer.path)
         self.best.extend(best)
         self.values.extend(values[best])

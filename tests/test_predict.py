@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from cnnmpi import SimpleCNN, checkpoint
+from cnnmpi.common.text import printable
 from cnnmpi.data import DataError, normalize
 from cnnmpi.data.images import fit, read_fitted, read_image
 from cnnmpi.functional import softmax
@@ -621,6 +622,10 @@ def test_numbers_and_several_labels_are_written_in_full(tmp_path, loss, head, na
     columns, row = rows_of(tmp_path / "a.csv")
     assert columns[:3] == ["path", one, value] and columns[-2:] == [f"{value}_4", "error"] and len(row) == 10
     assert row[1::2] == [name for name, _ in expected] + [""]
+    shown = Shown((tmp_path / "a.html").read_text()).text
+    assert ("by their a,b" if loss == "mse" else "most probable of its labels") in shown
+    formatted = "{:.3g}".format if loss == "mse" else "{:.1%}".format
+    assert all(f"{printable(name)} {formatted(number)}|" in shown for name, number in expected)
 
 
 def test_files_appear_whole_or_not_at_all(trained, tmp_path, monkeypatch):
