@@ -5,10 +5,13 @@ import functools
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from cnnmpi.common.text import printable as printable
 
@@ -16,6 +19,7 @@ Main = TypeVar("Main", bound=Callable[..., int])
 
 PIPE_CLOSED = 141  # what a shell reports of a program that SIGPIPE ended
 INTERRUPTED = 130  # and of one that Ctrl-C ended
+EVERY_S = 10.0  # between two lines of progress, where no terminal shows a bar
 
 
 def prepare() -> None:
@@ -131,6 +135,32 @@ def is_terminal(stream: Any) -> bool:
         return bool(stream.isatty())
     except (AttributeError, ValueError):  # None, a notebook's, or a closed one
         return False
+
+
+@contextlib.contextmanager
+def progress(total: int, program: str, what: str = "files") -> Iterator[Callable[[int], None]]:
+    """Show on standard error how many of ``total`` are done: by a bar on a terminal, else by a line every 10 s.
+
+    Yields what is to be told how many more are done.
+    """
+    if is_terminal(sys.stderr):
+        columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # standard output stays what it is: the results may go there
+        with Progress(*columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, began = 0, time.monotonic()
+    told = began
+
+    def advance(count: int) -> None:
+        nonlocal done, told
+        done, now = done + count, time.monotonic()
+        if now - told >= EVERY_S:
+            told, speed = now, done / (now - began)
+            print(f"{program}: {done} of {total} {what}, {speed:.0f}/s", file=sys.stderr, flush=True)
+
+    yield advance
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:

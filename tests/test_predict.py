@@ -1,10 +1,14 @@
 """Image files of all kinds, also broken ones, and what ``cnnmpi.predict`` says of them."""
 
+import base64
+import csv
+import html.parser
 import io
 import json
 import os
 import re
 import struct
+import threading
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -14,10 +18,13 @@ import pytest
 from PIL import Image
 
 from cnnmpi import SimpleCNN, checkpoint
+from cnnmpi.common.text import printable
 from cnnmpi.data import DataError, normalize
-from cnnmpi.data.images import fit, read_image
+from cnnmpi.data.images import fit, read_fitted, read_image
 from cnnmpi.functional import softmax
-from cnnmpi.predict import main
+from cnnmpi.gallery import evenly
+from cnnmpi.machine import usable_cores
+from cnnmpi.predict import main, predictions
 from cnnmpi.train.state import model_attributes, pack
 
 CLASSES = ["a[/b]", ":smile:", "a\nb", "猫"]
@@ -346,11 +353,18 @@ def test_bad_files_are_named_and_the_good_ones_predicted(model, tmp_path, capsys
     path, _ = model
     good = [saved(tmp_path / f"{k}.png", Image.fromarray(picture(29 + k, 29))) for k in range(3)]
     (tmp_path / "bad.png").write_bytes(b"no image")
-    names = [good[0], tmp_path / "bad.png", good[1], tmp_path, tmp_path / "gone.png", good[2]]
-    assert main([str(path), *map(str, names)]) == 2
+    os.mkfifo(tmp_path / "pipe")
+    names = [good[0], tmp_path / "bad.png", good[1], tmp_path / "pipe", tmp_path / "gone.png", good[2]]
+    assert main([str(path), *map(str, names)]) == 0
     out, err = capsys.readouterr()
     assert [line.split(": ")[0] for line in out.splitlines()] == [str(name) for name in good]
-    assert all(line.startswith("cnnmpi.predict: error: ") for line in err.splitlines()) and err.count("\n") == 3
+    *errors, last = err.splitlines()
+    assert all(line.startswith("cnnmpi.predict: error: ") for line in errors) and len(errors) == 3
+    assert last == "cnnmpi.predict: 3 of 6 files could not be read"
+    assert main([str(path), *map(str, names), "--strict"]) == 2
+    assert capsys.readouterr() == (out, err)  # what a script asks for by that is the code alone
+    assert main([str(path), *map(str, names[3:5])]) == 2, "nothing could be read"
+    capsys.readouterr()
     assert main([str(path), *map(str, good)]) == 0
     assert capsys.readouterr() == (out, "")  # the bad ones changed nothing
 
@@ -366,8 +380,9 @@ def test_many_images_take_no_more_memory_than_a_batch(model, tmp_path, capsys, m
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert len(capsys.readouterr().out.splitlines()) == count
-    # the paths and lines of 72 more images take some kB, their activations would take 14 MB
-    assert peaks[2] < peaks[1] + 1e6
+    # the paths and lines of 72 more images take some kB, their activations would take 14 MB; 1 MB are those of a batch,
+    # and threads may or may not have reached the largest ones at the same time
+    assert peaks[2] < peaks[1] + 1e6 * usable_cores()
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "5", "99"])
@@ -424,3 +439,464 @@ def test_what_is_printed_is_what_the_model_was_trained_to_give(tmp_path, capsys,
     }.get(loss, 100 * softmax(logits))
     for name, value in zip("abcd", expected, strict=True):
         assert float(printed[name]) == pytest.approx(float(value), abs=0.06, rel=0.006), "as rounded for people"
+
+
+# -- many images, and what is written of them --------------------------------------------------------------------------
+
+AWKWARD = ["a,b", 'say "x"', "a\nb\rc", "=1+1<script>alert(1)</script>"]
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Path, SimpleCNN]:
+    return awkward_model(tmp_path / "model.h5")
+
+
+def awkward_model(path: Path, loss: str = "cross_entropy") -> tuple[Path, SimpleCNN]:
+    options = {"in_channels": 3, "num_classes": 4, "image_size": 8}
+    net = SimpleCNN(**options)
+    net.eval()
+    stated = {"classes": AWKWARD, "mean": [MEAN] * 3, "std": [STD] * 3, "config": json.dumps({"loss": loss})}
+    checkpoint.save(path, pack(net), model_attributes("simplecnn", options, net) | stated)
+    return path, net
+
+
+def outputs_of(net: SimpleCNN, path: Path) -> np.ndarray:
+    pixels = fit(read_image(path), 8, 8).transpose(2, 0, 1)
+    return net.forward(normalize(pixels[None], [MEAN] * 3, [STD] * 3))[0]
+
+
+def drawn(path: Path, seed: int, side: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    return saved(path, Image.fromarray(pixels), format="png")
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def paths_in(text: str) -> list[str]:
+    return [line.rpartition(": ")[0] for line in text.splitlines()]
+
+
+def give(monkeypatch, listed: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(listed)))
+
+
+def test_a_folder_gives_all_files_below_it_sorted(trained, tmp_path, capsys):
+    names = ["b/2.png", "b/10.png", "a.png", "b/c/d.png", "Z.png", "no.txt"]
+    for number, name in enumerate(names):
+        drawn(tmp_path / "photos" / name, number)
+    for name in (".hidden.png", ".git/x.png", "b/Thumbs.db", "__MACOSX/y.png"):
+        drawn(tmp_path / "photos" / name, 0)
+    (tmp_path / "photos" / "b" / "circle").symlink_to("..")
+    assert main([str(trained[0]), str(tmp_path / "photos")]) == 0
+    out, err = capsys.readouterr()
+    assert paths_in(out) == [str(tmp_path / "photos" / name) for name in sorted(names)]
+    assert err.splitlines() == [
+        f"cnnmpi.predict: left out: {tmp_path}/photos/b/circle: a link to a folder, which may lead in circles"
+    ]
+
+
+def test_a_pattern_gives_the_files_that_match_sorted_unless_a_file_has_that_name(
+    trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(["p/b.png", "p/a.png", "p/q/c.png", "p/q/d.jpg", "a[1].png", "a1.png"]):
+        drawn(Path(name), number)
+    (tmp_path / "p" / "circle").symlink_to(".")
+    (tmp_path / "p" / "folder.png").mkdir()
+    for pattern, expected in {
+        "p/*.png": ["p/a.png", "p/b.png"],
+        "p/**/*.png": ["p/a.png", "p/b.png", "p/q/c.png"],
+        "p/q/[cd].*": ["p/q/c.png", "p/q/d.jpg"],
+        "a[1].png": ["a[1].png"],  # as a pattern it would be a1.png
+        f"{tmp_path}/a[0-9].png": [f"{tmp_path}/a1.png"],
+    }.items():
+        assert main([str(trained[0]), pattern]) == 0
+        out, err = capsys.readouterr()
+        assert paths_in(out) == expected and not err, pattern
+
+
+@pytest.mark.parametrize("name", ["p/*.png", "empty", "-"])
+def test_what_gives_no_files_is_named_in_one_line(trained, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    give(monkeypatch, b"\n\n")
+    assert main([str(trained[0]), str(drawn(Path("a.png"), 0)), name, "--csv", "out.csv"]) == 2
+    out, err = capsys.readouterr()
+    said = "standard input names no files" if name == "-" else f"{name} gives no files"
+    assert not out and err == f"cnnmpi.predict: error: {said}\n" and not Path("out.csv").exists()
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\0"])
+def test_a_list_on_standard_input_stands_where_it_is_named(trained, tmp_path, capsys, monkeypatch, end):
+    monkeypatch.chdir(tmp_path)
+    names = ["b.png", "*.png", "a\udcff.png", *(["two\nlines.png"] if end == b"\0" else [])]
+    for number, name in enumerate(["first.png", *names, "last.png"]):
+        drawn(Path(name), number)
+    give(monkeypatch, end.join(map(os.fsencode, names)) + end)
+    assert main([str(trained[0]), "first.png", "-", "last.png", "--json", "out.json"]) == 0
+    assert [each["path"] for each in json.loads(Path("out.json").read_text())] == ["first.png", *names, "last.png"]
+
+
+def test_a_table_holds_what_the_model_says_and_texts_as_they_are(trained, tmp_path, capsys, monkeypatch):
+    path, net = trained
+    monkeypatch.chdir(tmp_path)
+    names = ["=1+1.png", 'a "b", c.png', "two\nlines.png", "猫.png", "a\udcff.png", "bad.png"]
+    for number, name in enumerate(names):
+        drawn(Path(name), number)
+    Path("bad.png").write_bytes(b"no image")
+    assert main([str(path), *names, "--csv", "out.csv", "--top", "2"]) == 0
+    head, *rows = rows_of(tmp_path / "out.csv")
+    assert head == ["path", "class", "probability", "class_2", "probability_2", "error"]
+    assert [row[0] for row in rows] == [*names[:4], "a\\udcff.png", "bad.png"]  # readable to all programs
+    for name, row in zip(names[:-1], rows, strict=False):
+        values = softmax(outputs_of(net, Path(name))[None])[0]
+        first, second = np.argsort(-values)[:2]
+        assert [row[1], row[3], row[5]] == [AWKWARD[first], AWKWARD[second], ""]
+        assert [float(row[2]), float(row[4])] == pytest.approx([float(values[first]), float(values[second])], rel=1e-5)
+    assert rows[-1][1:] == ["", "", "", "", "not an image, or of a kind that Pillow does not know"]
+    out, err = capsys.readouterr()
+    assert not out and re.search(r"predict: 5 images, [\d,]+ images/s, 1 unreadable, --tta none\n$", err)
+
+
+def test_json_holds_what_the_model_says_and_texts_as_they_are(trained, tmp_path, capsys, monkeypatch):
+    path, net = trained
+    monkeypatch.chdir(tmp_path)
+    names = ['a "b".png', "a\udcff.png", "gone.png"]
+    for number, name in enumerate(names[:-1]):
+        drawn(Path(name), number)
+    assert main([str(path), *names, "--json", "-"]) == 0
+    *said, gone = json.loads(capsys.readouterr().out)
+    assert gone == {"path": "gone.png", "error": "No such file or directory"}
+    for name, each in zip(names, said, strict=False):
+        values = softmax(outputs_of(net, Path(name))[None])[0]
+        best = np.argsort(-values)[:3]
+        assert each["path"] == name and [one["class"] for one in each["classes"]] == [AWKWARD[k] for k in best]
+        assert [one["probability"] for one in each["classes"]] == pytest.approx(values[best].tolist(), rel=1e-5)
+        assert set(each) == {"path", "classes"}
+
+
+def test_what_is_no_number_is_null_in_json(trained, tmp_path, capsys, monkeypatch):
+    images = [str(drawn(tmp_path / f"{k}.png", k)) for k in range(2)]
+    values = np.array([[0.2, 0.3, 0.2, 0.1], [np.nan, np.inf, -np.inf, 0.1]], np.float32)
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: values)
+    arguments = ["--json", str(tmp_path / "a.json"), "--gallery", str(tmp_path / "a.html"), "--top", "4"]
+    assert main([str(trained[0]), *images, *arguments]) == 0
+    _, said = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert sorted(one["probability"] is None for one in said["classes"]) == [False, True, True, True]
+    assert 0.1 in [one["probability"] for one in said["classes"]], "as short as the float32 allows"
+    assert [each["alt"] for each in Shown((tmp_path / "a.html").read_text()).pictures] == images[::-1], "the least sure"
+
+
+@pytest.mark.parametrize(
+    ("loss", "head", "names"),
+    [
+        ("mse", "output", ("outputs", "output", "value")),
+        ("binary_cross_entropy", "label", ("labels", "label", "probability")),
+    ],
+)
+def test_numbers_and_several_labels_are_written_in_full(tmp_path, loss, head, names):
+    path, net = awkward_model(tmp_path / "model.h5", loss)
+    image = drawn(tmp_path / "a.png", 1)
+    written = [
+        "--csv",
+        str(tmp_path / "a.csv"),
+        "--json",
+        str(tmp_path / "a.json"),
+        "--gallery",
+        str(tmp_path / "a.html"),
+    ]
+    assert main([str(path), str(image), *written]) == 0
+    logits = outputs_of(net, image)
+    many, one, value = names
+    (said,) = json.loads((tmp_path / "a.json").read_text())
+    if loss == "mse":
+        expected = list(zip(AWKWARD, logits.tolist(), strict=True))  # in the model's order
+    else:
+        expected = [(AWKWARD[k], float(1 / (1 + np.exp(-logits[k])))) for k in np.argsort(-logits)]
+    assert [each[one] for each in said[many]] == [name for name, _ in expected]
+    assert [each[value] for each in said[many]] == pytest.approx([number for _, number in expected], rel=1e-5)
+    columns, row = rows_of(tmp_path / "a.csv")
+    assert columns[:3] == ["path", one, value] and columns[-2:] == [f"{value}_4", "error"] and len(row) == 10
+    assert row[1::2] == [name for name, _ in expected] + [""]
+    shown = Shown((tmp_path / "a.html").read_text()).text
+    assert ("by their a,b" if loss == "mse" else "most probable of its labels") in shown
+    formatted = "{:.3g}".format if loss == "mse" else "{:.1%}".format
+    assert all(f"{printable(name)} {formatted(number)}|" in shown for name, number in expected)
+
+
+def test_files_appear_whole_or_not_at_all(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cnnmpi.train.evaluation.BATCH", 2)
+    images = [str(drawn(Path(f"{k}.png"), k)) for k in range(20)]
+    files = {"csv": Path("out.csv"), "json": Path("link.json"), "gallery": Path("new.html")}
+    files["csv"].write_text("old")
+    Path("real.json").write_text("old")
+    files["json"].symlink_to("real.json")
+    before, calls = sorted(Path().iterdir()), []
+
+    def predict(model, images, tta):
+        assert files["csv"].read_text() == files["json"].read_text() == "old" and not files["gallery"].exists()
+        calls.append(images)
+        if len(calls) == limit:
+            raise ZeroDivisionError
+        return predictions(model, images, tta)
+
+    monkeypatch.setattr("cnnmpi.predict.predictions", predict)
+    arguments = [str(trained[0]), *images, *(word for name, path in files.items() for word in (f"--{name}", str(path)))]
+    limit = 7
+    with pytest.raises(ZeroDivisionError):
+        main(arguments)
+    assert sorted(Path().iterdir()) == before and files["csv"].read_text() == "old", (
+        "neither half a file nor temporaries"
+    )
+    limit = 0
+    assert main(arguments) == 0
+    assert len(rows_of(Path("out.csv"))) == 21 and len(json.loads(Path("real.json").read_text())) == 20
+    assert files["json"].is_symlink() and files["gallery"].read_text().endswith("</html>\n")
+    assert len(list(Path().iterdir())) == len(before) + 1
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_old_file(trained, tmp_path, capsys, monkeypatch):
+    image, old = drawn(tmp_path / "a.png", 0), tmp_path / "out.csv"
+    old.write_text("old")
+    real = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *a, **k: real(Path("/dev/full"), "w") if "x" in a else real(path, *a, **k)
+    )
+    assert main([str(trained[0]), str(image), "--csv", str(old)]) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == f"cnnmpi.predict: error: --csv {old}: cannot be written: No space left on device"
+    assert old.read_text() == "old" and not list(tmp_path.glob(".*"))
+
+
+def test_places_that_cannot_be_written_are_known_before_anything_is_computed(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda *arguments: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
+    drawn(Path("photos/a.png"), 0)
+    drawn(Path("photos/b.png"), 0)
+    for arguments, message in (
+        (["--csv", "gone/out.csv"], "--csv gone/out.csv: cannot be written: No such file or directory"),
+        (["--json", "photos"], "--json photos: cannot be written: it is not a file"),
+        (["--csv", "/dev/null"], "--csv /dev/null: cannot be written: it is not a file (standard output is called -)"),
+        (["--gallery", "photos/a.png/out.html"], "cannot be written: Not a directory"),
+        (["--csv", "x", "--json", "./x"], "--csv x: named twice: each needs a place of its own"),
+        (["--csv", "-", "--json", "-"], "--csv -: named twice"),
+        (["--csv", "model.h5"], "--csv model.h5: is the checkpoint"),
+        (
+            ["photos/a.png", "--csv", "photos/a.png"],
+            "photos/a.png is to be read: let what is written have another name",
+        ),
+    ):
+        assert main([str(trained[0]), "photos", *arguments]) == 2
+        out, err = capsys.readouterr()
+        assert not out and message in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "b.png", "model.h5", "photos"]
+
+
+def test_a_folder_may_take_what_is_written_of_it(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn(Path("photos/a.png"), 0)
+    for _ in range(2):
+        assert main([str(trained[0]), "photos", "--csv", "photos/out.csv", "--strict"]) == 0
+        assert len(rows_of(Path("photos/out.csv"))) == 2
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_numbers_depend_neither_on_threads_nor_on_what_cannot_be_read(trained, tmp_path, monkeypatch, backend):
+    if backend == "torch":
+        pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cnnmpi.train.evaluation.BATCH", 4)
+    for k in range(23):
+        drawn(Path(f"photos/{k:02}.png"), k)
+    shapes, tables = [], []
+
+    def predict(model, images, tta):
+        shapes[-1].append(len(images))
+        return predictions(model, images, tta)
+
+    monkeypatch.setattr("cnnmpi.predict.predictions", predict)
+    arguments = [str(trained[0]), "photos", "--csv", "out.csv", "--backend", backend]
+    for threads in (1, 2, 3, 7):
+        shapes.append([])
+        assert main([*arguments, "--threads", str(threads)]) == 0
+        tables.append(rows_of(Path("out.csv")))
+    for bad in (3, 9, 22):
+        Path(f"photos/{bad:02}.png").write_bytes(b"no image")
+    shapes.append([])
+    assert main([*arguments, "--threads", "2"]) == 0
+    assert all(sorted(each) == [3, 4, 4, 4, 4, 4] for each in shapes)
+    assert tables[0] == tables[1] == tables[2] == tables[3] and len(tables[0]) == 24
+    different = [
+        k for k, (row, its) in enumerate(zip(tables[0][1:], rows_of(Path("out.csv"))[1:], strict=True)) if row != its
+    ]
+    assert different == [3, 9, 22]
+
+
+def test_batches_are_computed_and_files_read_at_the_same_time(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("cnnmpi.train.evaluation.BATCH", 4)
+    images = [str(drawn(tmp_path / f"{k}.png", k)) for k in range(8)]
+    meetings = {"read": threading.Barrier(2), "computed": threading.Barrier(2)}  # each passes when two are there
+
+    def read(path, *arguments):
+        meetings["read"].wait(20)
+        return read_fitted(path, *arguments)
+
+    def predict(model, images, tta):
+        meetings["computed"].wait(20)
+        return predictions(model, images, tta)
+
+    monkeypatch.setattr("cnnmpi.predict.read_fitted", read)
+    monkeypatch.setattr("cnnmpi.predict.predictions", predict)
+    assert main([str(trained[0]), *images, "--threads", "2"]) == 0
+
+
+def test_fewer_than_no_threads_are_refused(trained, tmp_path, capsys):
+    assert main([str(trained[0]), str(drawn(tmp_path / "a.png", 0)), "--threads", "-1"]) == 2
+    assert "--threads must be a number of at least 0, got -1" in capsys.readouterr().err
+
+
+# -- what is shown meanwhile -------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_a_bar_and_standard_output_stays_clean(trained, tmp_path, capsys, monkeypatch):
+    image = drawn(tmp_path / "[red]a.png", 0)
+    monkeypatch.setattr("cnnmpi.console.is_terminal", lambda stream: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    Path("bad[").mkdir()
+    Path("bad[/red].png").write_bytes(b"no image")
+    assert main([str(trained[0]), str(image), "bad[/red].png", "--csv", "-"]) == 0
+    out, err = capsys.readouterr()
+    rows = list(csv.reader(io.StringIO(out, newline="")))
+    assert [row[0] for row in rows] == ["path", str(image), "bad[/red].png"]
+    assert "━" in err and "2/2" in err and "bad[/red].png: not an image" in err
+
+
+def test_a_log_gets_a_line_now_and_then(trained, tmp_path, capsys, monkeypatch):
+    images = [str(drawn(tmp_path / f"{k}.png", k)) for k in range(3)]
+    monkeypatch.setattr("cnnmpi.console.EVERY_S", 0)
+    assert main([str(trained[0]), *images, "--csv", str(tmp_path / "out.csv")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines[:-1]] == [f"cnnmpi.predict: {k} of 3 images" for k in (1, 2, 3)]
+    monkeypatch.setattr("cnnmpi.console.EVERY_S", 1000)
+    assert main([str(trained[0]), *images, "--csv", str(tmp_path / "out.csv")]) == 0
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- the gallery -------------------------------------------------------------------------------------------------------
+
+
+class Shown(html.parser.HTMLParser):
+    """What a browser would make of a page: its tags, the texts of its elements, its pictures by their alt."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags, self.cells, self.pictures, self.text = set(), [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag == "img":
+            self.pictures.append(dict(attributes))
+
+    def handle_data(self, data):
+        self.text += data + "|"
+
+
+def test_a_gallery_escapes_all_texts_and_loads_nothing(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ['"><script>alert(2)<', "\u202eevil\udcff.png", "<b>bad"]
+    for number, name in enumerate(names):
+        drawn(Path(name), number)
+    Path("<b>bad").write_bytes(b"no image")
+    assert main([str(trained[0]), *names, "--gallery", "out.html", "--tta", "flip"]) == 0
+    page = Path("out.html").read_bytes().decode()  # valid UTF-8
+    shown = Shown(page)
+    assert not shown.tags & {"script", "b>bad"} and "b" in shown.tags  # tiles have it
+    assert [each["alt"] for each in shown.pictures] and all(each["src"].startswith("data:") for each in shown.pictures)
+    assert {each["alt"] for each in shown.pictures} == {names[0], "\\u202eevil\\udcff.png"}
+    assert "=1+1<script>alert(1)</script>" in shown.text and "<b>bad|" in shown.text
+    assert "flip|--tta" in shown.text and "2|images" in shown.text and "1|unreadable" in shown.text
+    assert not re.search(r"(?:href|src)=\"(?!#|data:)", page)
+
+
+def test_a_gallery_shows_the_least_sure_of_each_class_and_says_how_many_there_are(trained, tmp_path, monkeypatch):
+    said = {
+        "a.png": (0, 0.9),
+        "b.png": (0, 0.5),
+        "c.png": (0, 0.7),
+        "d.png": (0, 0.6),
+        "e.png": (1, 0.4),
+        "f.png": (3, 0.8),
+    }
+    images = [str(drawn(tmp_path / name, number)) for number, name in enumerate(said)]
+    rows = np.zeros((6, 4), np.float32)
+    for row, (k, value) in zip(rows, said.values(), strict=True):
+        row[:] = (1 - value) / 3
+        row[k] = value
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: rows)
+    for limit, expected in ((100, "bdcaef"), (6, "bdcaef"), (5, "bdcef"), (4, "bdef"), (3, "bef"), (2, "be"), (1, "b")):
+        monkeypatch.setattr("cnnmpi.gallery.SHOWN", limit)
+        assert main([str(trained[0]), *images, "--gallery", str(tmp_path / "out.html")]) == 0
+        shown = Shown((tmp_path / "out.html").read_text())
+        assert "".join(Path(each["alt"]).stem for each in shown.pictures) == expected
+        of_first = sum(name in "abcd" for name in expected)
+        assert (f"{of_first} of 4, the" if of_first < 4 else "all, the") + " least sure first" in shown.text
+        assert (f"Shown are {limit} of the 6 images" in shown.text) == (limit < 6)
+        assert "a,b|4|66.7%|67.5%|0|" in shown.text.replace("\n|", "")  # counts are of all images
+    assert "1 of the classes were guessed for no image" in shown.text
+
+
+def test_a_gallery_of_numbers_is_spread_over_them(tmp_path, monkeypatch):
+    path, _ = awkward_model(tmp_path / "model.h5", "mse")
+    images = [str(drawn(tmp_path / f"{k}.png", k)) for k in range(7)]
+    rows = np.zeros((7, 4), np.float32)
+    rows[:, 0] = [3, 1, 6, 0, 5, 2, 4]
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: rows)
+    monkeypatch.setattr("cnnmpi.gallery.SHOWN", 3)
+    assert main([str(path), *images, "--gallery", str(tmp_path / "out.html")]) == 0
+    assert [Path(each["alt"]).stem for each in Shown((tmp_path / "out.html").read_text()).pictures] == ["3", "0", "2"]
+
+
+def test_a_gallery_of_nothing_but_unreadable_files_lists_them(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cnnmpi.gallery.MOST_LISTED", 2)
+    names = [str(tmp_path / f"gone{k}.png") for k in range(3)]
+    assert main([str(trained[0]), *names, "--gallery", str(tmp_path / "out.html")]) == 2
+    shown = Shown((tmp_path / "out.html").read_text())
+    assert not shown.pictures and f"{names[1]}|No such file or directory" in shown.text
+    assert names[2] not in shown.text and "and 1 more" in shown.text
+
+
+def test_pictures_of_a_gallery_are_small(trained, tmp_path):
+    small, large = drawn(tmp_path / "small.png", 0, side=32), drawn(tmp_path / "large.png", 1, side=1000)
+    assert main([str(trained[0]), str(small), str(large), "--gallery", str(tmp_path / "out.html")]) == 0
+    pixels = {}
+    for each in Shown((tmp_path / "out.html").read_text()).pictures:
+        data = base64.b64decode(each["src"].partition(",")[2])
+        assert len(data) < 12_000
+        pixels[Path(each["alt"]).stem] = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.array_equal(pixels["small"], read_image(small)) and pixels["large"].shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "expected"),
+    [
+        ([], 5, []),
+        ([3, 2, 1], 6, [3, 2, 1]),
+        ([100, 100, 1], 11, [5, 5, 1]),
+        ([100, 100, 1], 12, [6, 5, 1]),
+        ([9, 9, 9], 2, [1, 1, 0]),
+        ([1, 9], 5, [1, 4]),
+    ],
+)
+def test_what_small_classes_leave_goes_to_the_others(counts, most, expected):
+    assert evenly(counts, most) == expected

@@ -12,16 +12,14 @@ python -m cnnmpi.data verify data/*.h5
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from cnnmpi.console import command, complain, is_terminal, printable
+from cnnmpi.console import command, complain, printable, progress
 from cnnmpi.data.dataset import DataError
 from cnnmpi.data.find import archive_name, check_free, file_name
 from cnnmpi.data.images import Fit
@@ -163,7 +161,7 @@ def convert(wanted: Conversion) -> str:
     if isinstance(wanted, Images):
         height, width = parse_size(wanted.size)
         pictures = find_pictures(wanted.folder, wanted.labels, wanted.test, wanted.seed)
-        with listing(pictures), progress(len(pictures)) as advance:
+        with listing(pictures), progress(len(pictures), PROGRAM) as advance:
             source = pictures.source(height, width, wanted.fit, wanted.channels, strict=wanted.strict, advance=advance)
             return save(wanted.out, file_name(wanted.folder), source)
     if isinstance(wanted, Arrays):
@@ -197,16 +195,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
         raise DataError(f"--size {text}: expected 64, or height x width such as 48x64, from 1 to {LARGEST_SIDE}")
     return height, width
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Show, where a terminal shows standard error, how many of ``total`` files are done; yield what is to be told."""
-    columns = ("files", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, transient=True, disable=not is_terminal(sys.stderr)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 @contextlib.contextmanager

@@ -108,13 +108,18 @@ def _read(path: Path, channels: int, size: tuple[int, int], how: Fit) -> Array |
         return error
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield ``work(item)`` of each item, in their order, computed by a thread for each core, a few of them ahead.
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int = 0, ahead: int = 0
+) -> Iterator[Result]:
+    """Yield ``work(item)`` of each item, in their order, computed by ``threads`` threads, ``ahead`` items ahead.
+
+    Unless given, that is a thread for each core, and a few items for each of them.
 
     Threads, because Pillow lets others run while it decodes and scales: large photographs keep all cores busy. Of
     images as small as CIFAR's nearly all time is Python's own, some 5000 of them a second, with processes as well.
     """
-    threads = usable_cores()
+    threads = threads or usable_cores()
+    ahead = ahead or AHEAD * threads
     pool = ThreadPoolExecutor(threads)
     waiting: collections.deque[Future[Result]] = collections.deque()
     # each read silences warnings for itself and then restores what was: among threads that holds only if all are silent
@@ -123,7 +128,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) > AHEAD * threads:
+                if len(waiting) > ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -194,14 +199,14 @@ def _from_classes(folder: Path, entries: dict[str, bool], left_out: list[str]) -
         if not is_folder:
             left_out.append(f"{folder / name}: in no folder of a class")
             continue
-        files[name] = _below(folder / name, left_out)
+        files[name] = files_below(folder / name, left_out)
         if not files[name]:
             raise DataError(f"{folder / name}: the folder of a class holds no files: put images into it, or remove it")
     return files
 
 
-def _below(top: Path, left_out: list[str]) -> dict[str, Path]:
-    """Return all files below ``top``, by their path from there."""
+def files_below(top: Path, left_out: list[str]) -> dict[str, Path]:
+    """Return all files below ``top``, by their path from there; a line in ``left_out`` for each folder not entered."""
 
     def failed(error: OSError) -> None:
         left_out.append(f"{error.filename}: cannot be read: {error.strerror}")
