@@ -1,4 +1,4 @@
-"""What the guarantees cost: exact reduction, agreement checks and watchdog, as shares of a step.
+"""What the guarantees cost, and the records: exact reduction, agreement, watchdog, lines of steps; shares of a step.
 
 mpirun -n 2 python -m benchmarks.safety [--model simplecnn] [--steps 30]
 
@@ -6,6 +6,7 @@ Steps of the trainer, with all of them on, alternate with each part by itself: a
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -17,7 +18,9 @@ import numpy as np
 
 from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.distributed import ExactReducer, Ranks, Reducer, start
+from cnnmpi.machine import one_blas_thread
 from cnnmpi.train import Config, set_up
+from cnnmpi.train.phases import COMPUTE, LOAD, REDUCE, UPDATE
 from cnnmpi.train.watchdog import INTERVAL_S, Watchdog
 
 
@@ -39,7 +42,9 @@ def main() -> int:
     config = Config(model=args.model, data=str(folder / "data.h5"), threads=1, epochs=1000, out=folder / "run")
     with Watchdog(ranks, 60, 600) as watchdog:
         trainer = set_up(config, ranks, watchdog=watchdog)
-        reducers = {kind: kind(ranks, config.shards, trainer.reducer.sizes) for kind in (ExactReducer, Reducer)}
+        reducers = {
+            kind: kind(ranks, trainer.reducer.shards, trainer.reducer.sizes) for kind in (ExactReducer, Reducer)
+        }
         shard = [np.full(size, 0.1, np.float32) for size in trainer.reducer.sizes]
 
         def reduce(kind: type[Reducer]) -> None:
@@ -47,12 +52,27 @@ def main() -> int:
                 reducers[kind].add(number, *shard)
             reducers[kind].reduce()
 
+        gradient = np.full(trainer.reducer.sizes[0], 0.1)
+
+        @one_blas_thread()  # as the trainer's steps
+        def write_down() -> None:
+            """As many steps as get one line: their phases, what is shown of them, and that line."""
+            for step in range(1, config.log_every + 1):
+                for phase in (COMPUTE, REDUCE, UPDATE):
+                    with trainer.phases(phase):
+                        pass
+                trainer.phases.move(0.0, COMPUTE, LOAD)
+                norm = math.sqrt(gradient @ gradient) if trainer.report.records.wants(step) else math.nan
+                line = {"step": step, "epoch": 1, "loss": 0.5, "lr": 0.1, "grad_norm": norm}
+                trainer.report.step(line, 1000, 10, 128)
+
         parts: dict[str, Callable[[], object]] = {
             "step": trainer.train_step,
             "exact": lambda: reduce(ExactReducer),
             "float32": lambda: reduce(Reducer),
             "agree": trainer._agree,
             "look": watchdog._observe,
+            "lines": write_down,
         }
         times: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(args.steps):
@@ -66,6 +86,8 @@ def main() -> int:
             - ms["float32"],
             f"agreement, once in 50 steps ({ms['agree']:.2f} ms)": ms["agree"] / 50,
             f"watchdog, once a second ({ms['look']:.2f} ms)": ms["look"] * seconds / INTERVAL_S,
+            f"phases and records, a line every {config.log_every} steps ({ms['lines']:.2f} ms)": ms["lines"]
+            / config.log_every,
         }
         print(f"{args.model}, {ranks.size} ranks: median step {ms['step']:.1f} ms")
         for what, cost in costs.items():

@@ -1,6 +1,7 @@
 """What a run writes down of its course: each line once, whatever kills it, and the same for TensorBoard."""
 
 import math
+import re
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from cnnmpi import checkpoint
 from cnnmpi.common.lines import LONGEST, read_lines, to_line
 from cnnmpi.report.__main__ import main as report
+from cnnmpi.train.closing import time_table
 from cnnmpi.train.records import Records
 from cnnmpi.train.terminal import Terminal, in_words
 from tests.jobs import command, digest, run
@@ -199,6 +201,18 @@ def test_a_log_file_hears_every_minute_how_far_the_run_is(monkeypatch, capsys):
         shown.step("1/2", step, 500, 0.25, 128)
     told = capsys.readouterr().out.splitlines()
     assert told == ["step 221 of 500 (44%)  epoch 1/2  loss 0.250  256 images/s  2 min left"]
+
+
+def test_the_last_table_says_where_the_time_of_the_ranks_went():
+    usual = {"loading": 1.0, "computing": 10.0, "reducing": 2.0, "updating": 0.5, "evaluating": 4.0, "saving": 0.0}
+    slow = usual | {"computing": 12.0, "reducing": 0.0}
+    one, two = time_table([usual], 20.0), time_table([usual, slow], 20.0)
+    rows = dict(re.findall(r"^(\S.*?) +[\d.]+ +([\d.]+%)$", one, re.MULTILINE))
+    assert rows["forward and backward"] == "50.0%" and rows["start, hooks and the rest"] == "12.5%"
+    assert sum(float(share[:-1]) for share in rows.values()) == pytest.approx(100, abs=0.5) and "ranks did" not in one
+    assert "2 ranks did the work of 1.60; of the rest 12.5% start" in two and "5.0% sum over the ranks" in two
+    assert "rank 1 computed 8% longer than the mean of all" in two
+    assert "longer" not in time_table([usual, usual], 20.0)
 
 
 @pytest.mark.parametrize("columns", [30, 70, 140])

@@ -16,14 +16,14 @@ from cnnmpi.models import Model
 from cnnmpi.report import Judged, one_run, read_run, to_uint8
 from cnnmpi.train.evaluation import Evaluation
 from cnnmpi.train.inputs import Part
-from cnnmpi.train.phases import SHARED, shares
+from cnnmpi.train.phases import SHARED, shares, slowest
 
 PAGE = "report.html"
+NOTICED, SLOW = 0.001, 0.05  # shares from which on they are worth a word
 WORDS = {
     "loading": "waiting for images",
     "computing": "forward and backward",
-    "reducing": "sum over the ranks",
-    "waiting": "waiting for slower ranks",
+    "reducing": "sum over the ranks, and waiting for them",
     "updating": "optimizer",
     "evaluating": "evaluation",
     "saving": "checkpoints",
@@ -34,22 +34,20 @@ WORDS = {
 def time_table(phases: Sequence[Mapping[str, float]], whole: float) -> str:
     """Return the table of the ``phases`` of all ranks, {name: seconds} each, in ``whole`` seconds of the run.
 
-    For several ranks a line says how many of them were at the work that they share, and so where the rest of the ideal
-    speed-up went.
+    For several ranks lines say how many of them were at the work that they share, where the rest of the ideal speed-up
+    went, and who was slow.
     """
     parts = shares(phases, whole)
-    if len(phases) == 1:  # nobody to wait for
-        parts["reducing"] += parts.pop("waiting")
     rows = [(WORDS[name], f"{part * whole:.1f}", f"{part:.1%}") for name, part in parts.items()]
     text = table(("time by phase", "seconds", "share"), [*rows, ("whole", f"{whole:.1f}", "")])
     if len(phases) > 1:
         busy = sum(parts[name] for name in SHARED)
         lost = sorted(((part, name) for name, part in parts.items() if name not in SHARED), reverse=True)
-        reasons = ", ".join(f"{part:.1%} {WORDS[name]}" for part, name in lost if part >= 0.001)
-        text += (
-            f"\n{len(phases)} ranks did the work of {busy * len(phases):.2f}: {busy:.1%} of their time went into what "
-            f"they share{'; ' + reasons if reasons else ''}"
-        )
+        reasons = "; ".join(f"{part:.1%} {WORDS[name]}" for part, name in lost if part >= NOTICED)
+        text += f"\n{len(phases)} ranks did the work of {busy * len(phases):.2f}; of the rest {reasons or 'nothing'}"
+        rank, longer = slowest(phases)
+        if longer >= SLOW:
+            text += f"\nrank {rank} computed {longer:.0%} longer than the mean of all: the others waited for it"
     return text
 
 

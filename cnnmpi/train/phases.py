@@ -36,14 +36,16 @@ class Phases:
 
 
 def shares(phases: Sequence[Mapping[str, float]], whole: float) -> dict[str, float]:
-    """Return what part of ``whole`` seconds the ranks spent on what: means of the ``phases`` of all ranks.
+    """Return what part of ``whole`` seconds the ranks spent on what: means of the ``phases``, {name: seconds}, of all.
 
-    "reducing" is parted: the rank that waited least tells what the sum itself took, the rest is "waiting" for slower
-    ranks. What no phase has counted is "other".
+    What no phase has counted is "other".
     """
-    names = phases[0].keys()
-    means = {name: sum(each[name] for each in phases) / len(phases) / whole for name in names}
-    least = min(each[REDUCE] for each in phases) / whole
-    parted = {LOAD: means[LOAD], COMPUTE: means[COMPUTE], REDUCE: least, "waiting": means[REDUCE] - least}
-    known = parted | {name: means[name] for name in names if name not in parted}
-    return known | {"other": max(0.0, 1 - sum(known.values()))}
+    means = {name: sum(each[name] for each in phases) / len(phases) / whole for name in phases[0]}
+    return means | {"other": max(0.0, 1 - sum(means.values()))}
+
+
+def slowest(phases: Sequence[Mapping[str, float]]) -> tuple[int, float]:
+    """Return the rank that computed longest, and by what part longer than the mean of all."""
+    times = [each[LOAD] + each[COMPUTE] for each in phases]
+    rank = max(range(len(times)), key=times.__getitem__)
+    return rank, times[rank] * len(times) / sum(times) - 1 if sum(times) else 0.0
