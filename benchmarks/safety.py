@@ -37,6 +37,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=30)
     args = parser.parse_args()
     ranks = start()
+    if ranks.size == 1:
+        sys.exit("one process has nobody to agree with: start it by mpirun -n 2")
     folder = Path(ranks.on_rank0(lambda: tempfile.mkdtemp()))
     ranks.on_rank0(lambda: write_hdf5(folder / "data.h5", synthetic(train=5000, test=100)))
     config = Config(model=args.model, data=str(folder / "data.h5"), threads=1, epochs=1000, out=folder / "run")
