@@ -296,6 +296,10 @@ def test_evaluation_counts_each_image_once(ranks, shared_tmp, data, monkeypatch)
     losses = np.log(np.exp(z).sum(axis=1)) - z[np.arange(33), labels]
     assert abs(spread.loss - losses.mean()) < 1e-5  # float32 against float64
     assert spread.guesses.tolist() == z.argmax(axis=1).tolist()
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(spread.confidence, p.max(axis=1), rtol=1e-5)  # float32 against float64
+    np.testing.assert_allclose(spread.of_label, p[np.arange(33), labels], rtol=1e-5)
+    assert (spread.confidence == alone.confidence).all() and (spread.of_label == alone.of_label).all()
     assert trainer.model.training
 
 
