@@ -223,12 +223,14 @@ def test_the_progress_of_a_terminal_keeps_to_its_width(columns, monkeypatch, cap
     shown = Terminal()
     shown.begin(0, 500)
     shown.evaluated("test loss 1.2345 acc 0.5000")
+    shown.speed = 256.0  # as after half a second
     for step in range(1, 251):
         shown.step("1/2", step, 500, 0.25, 128)
     shown.progress.refresh()
     shown.close()
     out = capsys.readouterr().out
-    assert "50%" in out and ("loss 0.250" in out) == (columns >= 60) and ("acc 0.5000" in out) == (columns >= 100)
+    assert "50%" in out and "loss 0.250" in out
+    assert ("images/s" in out) == (columns >= 60) and ("acc 0.5000" in out) == (columns >= 100)
 
 
 @pytest.mark.parametrize(

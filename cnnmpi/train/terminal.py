@@ -19,7 +19,7 @@ from cnnmpi.console import is_terminal, printable
 
 EVERY = 60.0  # seconds after which a log file hears how far the run has come
 SETTLES = 0.5  # seconds over which a speed is averaged before it is shown
-ROOMY, NARROW = 100, 60  # columns of a terminal for everything, and for all but the numbers
+ROOMY, NARROW = 100, 60  # columns of a terminal for everything, and for more than how far, how long, and the loss
 
 
 class Terminal:
@@ -41,9 +41,10 @@ class Terminal:
             return
         console = Console(highlight=False, markup=False, emoji=False)  # names and paths are no markup
         columns: list[ProgressColumn] = [TaskProgressColumn(), TimeRemainingColumn(compact=True)]
+        columns.append(TextColumn("{task.fields[loss]}"))
         if console.width >= NARROW:
             columns = [TextColumn("epoch {task.description}"), BarColumn(20), *columns]
-            columns += [TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[speed]}")]
+            columns.append(TextColumn("{task.fields[speed]}"))
         if console.width >= ROOMY:
             columns.append(TextColumn("{task.fields[latest]}"))
         self.progress = Progress(*columns, console=console)
