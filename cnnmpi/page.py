@@ -93,7 +93,7 @@ def picture(pixels: Array, alt: str, largest: int = 128) -> str:
 
     Up to 48 pixels a side it is shown pixel by pixel; larger ones, as JPEG, take a fifth of the bytes.
     """
-    if pixels.ndim == 3 and pixels.shape[2] not in (3, 4):  # of one channel, or as many as only a machine sees
+    if pixels.ndim == 3 and pixels.shape[2] != 3:  # of one channel, or as many as only a machine sees
         pixels = pixels[:, :, 0]
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((largest, largest))

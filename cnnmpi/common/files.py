@@ -49,14 +49,38 @@ def write(path: Path, blob: bytes) -> None:
     """Create ``path`` with the bytes ``blob``."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        rest = memoryview(blob)
-        while rest:
-            written = os.write(descriptor, rest)  # may take less than it was given
-            if written == 0:
-                raise OSError(errno.EIO, "a write made no progress")
-            rest = rest[written:]
+        _write_all(descriptor, blob)
     finally:
         os.close(descriptor)
+
+
+def append(path: Path, blob: bytes, wait: bool = False) -> None:
+    """Add the bytes ``blob`` to the end of ``path``, which is made if need be: all of them or none.
+
+    With ``wait`` they have reached the disk afterwards. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            _write_all(descriptor, blob)
+            if wait:
+                sync_open(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, blob: bytes) -> None:
+    rest = memoryview(blob)
+    while rest:
+        written = os.write(descriptor, rest)  # may take less than it was given
+        if written == 0:
+            raise OSError(errno.EIO, "a write made no progress")
+        rest = rest[written:]
 
 
 def sync(path: Path) -> None:

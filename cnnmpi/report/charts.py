@@ -3,9 +3,12 @@
 SVG, as it prints, needs no script and is small; legends are the page's own, whatever the names of runs contain.
 """
 
+import functools
+import hashlib
 import io
 import logging
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ import numpy as np
 from cnnmpi.page import escape
 
 MOST_POINTS = 600  # of a curve: about one for each pixel
+FONTS = "MPL_IGNORE_SYSTEM_FONTS"
 COLORS = 8  # --c0 ... --c7 of the page; more curves begin again, with dashes
 # drawn in these colours, which nothing else has, to be replaced by those that the page has in light and in dark
 INK, LINE, SERIES = "#010203", "#040506", [f"#0a0b{index:02x}" for index in range(COLORS)]
@@ -39,14 +43,10 @@ def chart(title: str, curves: Sequence[Curve], x: str, per_epoch: float = 0, log
     With ``per_epoch``, the steps of an epoch, the epochs stand at the top. Not finite points are left out. ``log``
     makes the vertical axis logarithmic.
     """
-    import matplotlib
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
+    matplotlib, style, Figure = _matplotlib()
     curves = [curve for curve in curves if any(math.isfinite(v) for _, v in curve.points)]
     if not curves:
         return ""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of folders and fonts: nothing that a reader could mend
     settings: dict[str, Any] = {"svg.fonttype": "none", "font.size": 9, "axes.spines.right": False}
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     settings |= {"axes.edgecolor": LINE, "grid.color": LINE, "svg.hashsalt": "cnnmpi"}
@@ -83,6 +83,26 @@ def chart(title: str, curves: Sequence[Curve], x: str, per_epoch: float = 0, log
     return f"<figure>{_for_page(file.getvalue(), title)}{caption}</figure>"
 
 
+@functools.cache
+def _matplotlib() -> tuple[Any, Any, Any]:
+    """Return matplotlib, its styles and Figure, imported so that it starts no program and logs nothing about fonts."""
+    logger, before = logging.getLogger("matplotlib"), os.environ.get(FONTS)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    os.environ[FONTS] = "1"  # to look for the system's fonts it starts fc-list, which no rank may: MPI forbids to fork
+    try:
+        import matplotlib
+        from matplotlib import font_manager, style
+        from matplotlib.figure import Figure
+
+        font_manager.fontManager.findfont("DejaVu Sans")
+    finally:
+        logger.setLevel(level)
+        if before is None:
+            del os.environ[FONTS]
+    return matplotlib, style, Figure
+
+
 def legend(curves: Sequence[Curve]) -> str:
     """Return the names of curves in their colours."""
     shown = sorted(curves, key=lambda curve: curve.faint)
@@ -117,7 +137,7 @@ def smoothed(points: Sequence[tuple[float, float]], parts: int = 60) -> list[tup
 
 def _for_page(svg: str, title: str) -> str:
     """Return a picture for a page that holds several: sized by its frame, with names of its own, in its colours."""
-    key = re.sub(r"\W+", "-", title.lower(), flags=re.ASCII)
+    key = hashlib.sha256(title.encode(errors="backslashreplace")).hexdigest()[:12]
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{key}-", svg)

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.common.arrays import Array
 from cnnmpi.page import card, escape, page, picture, table, tiles
 from cnnmpi.report.charts import Curve, chart, smoothed
 from cnnmpi.report.pictures import confusion_pixels, filter_images, grid, to_uint8
-from cnnmpi.report.run import Run, confusion, number
+from cnnmpi.report.run import Counts, Run, number
 
 SMALL = 20  # classes up to which the confusion matrix is a table of numbers
 LISTED = 40  # classes up to which all have a line in the table; of more, those that are recognised worst
+DRAWN = 1000  # classes up to which there is a picture of the matrix
+MISTAKES = 20  # of many classes, the commonest that are listed
+METRICS = 12  # charts of metrics besides the loss and the accuracy
 WRONG = 36  # images shown
 FILTERS = 144
 ENLARGED = 30  # pixels of a filter's side, at least
@@ -113,11 +115,16 @@ def _course(run: Run) -> str:
     raw = run.curve("loss", "steps")
     known = {name for line in run.epochs for name in line}
     named = sorted({name.partition("_")[2] for name in known if name.partition("_")[0] in colors} - {"loss", "acc"})
+    left = (
+        f'<p class="pale">{len(named) - METRICS} more metrics stand in metrics.jsonl.</p>'
+        if len(named) > METRICS
+        else ""
+    )
     norms = run.curve("grad_norm", "steps")
     charts = [
         chart("Loss", [Curve("step", raw, faint=True), *of_epochs("loss")], "step", run.per_epoch),
         chart("Accuracy", of_epochs("acc"), "step", run.per_epoch),
-        *(chart(name, of_epochs(name), "step", run.per_epoch) for name in named),
+        *(chart(name, of_epochs(name), "step", run.per_epoch) for name in named[:METRICS]),
         chart("Learning rate", [Curve("lr", run.curve("lr", "steps") or run.curve("lr"), 3)], "step", run.per_epoch),
         chart(
             "Norm of the gradient, before clipping",
@@ -136,56 +143,51 @@ def _course(run: Run) -> str:
             run.per_epoch,
         ),
     ]
-    return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
+    return f'<div class="charts">{"".join(charts)}</div>{left}' if any(charts) else ""
 
 
 def _classes(run: Run) -> str:
     judged, classes = run.judged, run.classes
     if judged is None or not classes:
         return ""
-    matrix = confusion(judged, len(classes))
-    images, guessed, hits = matrix.sum(axis=1), matrix.sum(axis=0), matrix.diagonal()
-    recall, precision = hits / np.maximum(images, 1), hits / np.maximum(guessed, 1)
+    counts = Counts.of(judged, len(classes))
+    recall = counts.hits / np.maximum(counts.images, 1)
+    precision = counts.hits / np.maximum(counts.guessed, 1)
     order: Sequence[int] = range(len(classes))
     told = ""
     if len(classes) > LISTED:
-        order = np.argsort(np.where(images > 0, recall, np.inf), kind="stable")[:LISTED].tolist()
+        order = np.argsort(np.where(counts.images > 0, recall, np.inf), kind="stable")[:LISTED].tolist()
         told = f'<p class="pale">The {LISTED} of {len(classes)} classes that are recognised worst.</p>'
     rows = []
     for k in order:
-        row = [str(value) for value in (f"{k} {classes[k]}", images[k], percent(recall[k]), percent(precision[k]))]
-        others = [
-            f"{classes[j]} {matrix[k, j]}"
-            for j in np.argsort(-_off(matrix)[k], kind="stable")[:3]
-            if _off(matrix)[k, j]
-        ]
-        rows.append([*row, ", ".join(others)])
+        mine = np.flatnonzero(counts.mistakes[:, 0] == k)[:3]
+        others = [f"{classes[counts.mistakes[i, 1]]} {counts.times[i]}" for i in mine]
+        row = [f"{k} {classes[k]}", counts.images[k], percent(recall[k]), percent(precision[k]), ", ".join(others)]
+        rows.append(row)
     by_class = table(("class", "images", "recall", "precision", "mistaken for"), rows)
-    return f"{_matrix(matrix, classes)}<h3>By class</h3>{told}{by_class}"
+    return f"{_matrix(counts, classes)}<h3>By class</h3>{told}{by_class}"
 
 
-def _off(matrix: Array) -> Array:
-    off: Array = matrix - np.diag(matrix.diagonal())
-    return off
-
-
-def _matrix(matrix: Array, classes: list[str]) -> str:
-    """Return the confusion matrix: numbers for a few classes, a picture and its largest mistakes for many."""
+def _matrix(counts: Counts, classes: list[str]) -> str:
+    """Return the confusion matrix: numbers for a few classes, a picture and the largest mistakes for many."""
     about = "Confusion matrix: a row holds the images of a class, a column those that were taken for the class"
     if len(classes) > SMALL:
-        off = _off(matrix)
-        pairs = [divmod(int(i), len(classes)) for i in np.argsort(-off, axis=None, kind="stable")[:20]]
-        rows = [(classes[i], classes[j], off[i, j], matrix[i].sum()) for i, j in pairs if off[i, j]]
-        image = picture(confusion_pixels(matrix), "confusion matrix", largest=800)
+        rows = [
+            (classes[label], classes[guess], times, counts.images[label])
+            for (label, guess), times in zip(counts.mistakes[:MISTAKES], counts.times[:MISTAKES], strict=True)
+        ]
         worst = table(("class", "taken for", "images", "of"), rows) if rows else ""
+        if len(classes) > DRAWN:
+            return worst
+        image = picture(confusion_pixels(counts.confusion), "confusion matrix", largest=DRAWN)
         return f"<figure>{image}<figcaption>{about}, in the order of their numbers.</figcaption></figure>{worst}"
+    matrix = counts.confusion
     parts = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
 
     def cell(row: int, column: int) -> str:
         color, shade = ("--c2" if row == column else "--c1"), round(75 * float(parts[row, column]) ** 0.5)
-        return (
-            f'<td style="background: color-mix(in srgb, var({color}) {shade}%, transparent)">{matrix[row, column]}</td>'
-        )
+        back = f"background: color-mix(in srgb, var({color}) {shade}%, transparent)"
+        return f'<td style="{back}">{matrix[row, column]}</td>'
 
     top = "".join(f"<th>{number}</th>" for number in range(len(classes)))
     lines = [
@@ -254,7 +256,7 @@ def _time(run: Run) -> str:
     return (
         f'<div class="bar">{bar}</div><div class="wide"><table><thead><tr><th>phase</th><th>seconds</th><th>share</th>'
         f"</tr></thead><tbody>{rows}</tbody></table></div>"
-        '<p class="pale">Means over the ranks, from the beginning of an epoch to the end of its evaluation.</p>'
+        '<p class="pale">Means over the ranks, from the line of one epoch to that of the next.</p>'
     )
 
 
@@ -285,4 +287,7 @@ def _settings(run: Run) -> str:
 
 def plain(value: Any) -> str:
     """Return a setting as text."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    try:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number too long to be shown"

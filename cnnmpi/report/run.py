@@ -6,18 +6,19 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError
 from cnnmpi.common.arrays import Array
-from cnnmpi.common.lines import read_lines
+from cnnmpi.common.files import open_regular
+from cnnmpi.common.lines import Line, read_lines
 
 CONFIG, METRICS, STEPS, STARTS = "config.toml", "metrics.jsonl", "steps.jsonl", "starts.jsonl"
 CHECKPOINTS = ("last.h5", "previous.h5", "best.h5")  # the first that is good is what the run has learned
-Line = dict[str, Any]
+MOST_LINES = 20_000  # of a file: more are thinned out, as a curve has no more points
+LARGEST_CONFIG = 1 << 20  # bytes of config.toml that are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def read_run(path: Path) -> Run:
     run = Run(path, name=path.name or str(path))
     for name, lines in ((METRICS, run.epochs), (STEPS, run.steps), (STARTS, run.starts)):
         try:
-            found, damaged = read_lines(path / name)
+            found, damaged = read_lines(path / name, MOST_LINES)
         except OSError as error:
             run.notes.append(f"{name}: {error.strerror}")
             continue
@@ -108,8 +109,9 @@ def read_run(path: Path) -> Run:
     if run.checkpoint is None:
         run.notes.append("no checkpoint that can be read: what the run has learned is not known")
     try:
-        run.settings = tomllib.loads((path / CONFIG).read_text(encoding="utf-8", errors="surrogateescape"))
-    except (OSError, tomllib.TOMLDecodeError, RecursionError) as error:
+        with open_regular(path / CONFIG) as file:
+            run.settings = tomllib.loads(file.read(LARGEST_CONFIG).decode(errors="surrogateescape"))
+    except (OSError, ValueError, RecursionError) as error:
         run.notes.append(f"{CONFIG}: {getattr(error, 'strerror', None) or error}")
     try:
         shaping = json.loads(run.attributes.get("config", "{}"))
@@ -119,7 +121,33 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def confusion(judged: Judged, classes: int) -> Array:
-    """Return how many images of class [row] were taken for [column], int64 (classes, classes)."""
-    pairs = judged.labels * classes + judged.guesses
-    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """What became of the images of each class: of how many there are, how many were taken for it, how many rightly.
+
+    ``mistakes`` (M, 2) are the pairs (class, what it was taken for) that occur, and ``times`` (M,) how often, the
+    commonest first. So the memory goes with the images, not with the square of the classes.
+    """
+
+    images: Array
+    guessed: Array
+    hits: Array
+    mistakes: Array
+    times: Array
+
+    @classmethod
+    def of(cls, judged: Judged, classes: int) -> "Counts":
+        """Count what was ``judged``."""
+        labels, guesses = judged.labels, judged.guesses
+        wrong = labels != guesses
+        pairs, times = np.unique(np.stack([labels[wrong], guesses[wrong]], axis=1), axis=0, return_counts=True)
+        order = np.argsort(-times, kind="stable")
+        images, guessed, hits = (np.bincount(values, minlength=classes) for values in (labels, guesses, labels[~wrong]))
+        return cls(images, guessed, hits, pairs[order], times[order])
+
+    @property
+    def confusion(self) -> Array:
+        """How many images of class [row] were taken for [column], (classes, classes)."""
+        matrix = np.diag(self.hits)
+        matrix[self.mistakes[:, 0], self.mistakes[:, 1]] = self.times
+        return matrix

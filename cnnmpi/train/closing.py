@@ -1,16 +1,15 @@
 """How a run ends: a table of where its time went, and report.html. On rank 0, from what all ranks tell."""
 
-import itertools
+import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cnnmpi.checkpoint import CheckpointError, write_atomically
+from cnnmpi.checkpoint import write_atomically
 from cnnmpi.common.arrays import Array
 from cnnmpi.console import table
-from cnnmpi.distributed import UserError
 from cnnmpi.layers import Convolution
 from cnnmpi.models import Model
 from cnnmpi.report import Judged, one_run, read_run, to_uint8
@@ -51,16 +50,21 @@ def time_table(phases: Sequence[Mapping[str, float]], whole: float) -> str:
     return text
 
 
-def what_now(out: Path, saved: Mapping[str, int], resume: str, page: Path | None) -> list[str]:
-    """Return lines that say what the run has written, and what a person can do with it."""
+def what_now(out: Path, saved: Mapping[str, int], resume: str, own: str | None, page: Path | None) -> str:
+    """Return lines that say what the run has written, and what a person can do with it.
+
+    ``saved`` says how often each checkpoint was written, ``resume`` is the command that goes on, ``own`` the name of a
+    network of a person's own, and ``page`` the report, if there is one.
+    """
     checkpoints = ", ".join(f"{name} {times} time{'s' * (times > 1)}" for name, times in saved.items())
-    own = next((f" --model {word}" for flag, word in itertools.pairwise(resume.split()) if flag == "--model"), "")
-    return [
-        f"checkpoints: {checkpoints or 'none anew'}, in {out}",
-        f"to go on:    {resume}",
-        f"to evaluate: python -m cnnmpi.evaluate {out / 'best.h5'}{own}",
-        f"to look at:  {page}" if page else f"to look at:  python -m cnnmpi.report {out}{own}",
-    ]
+    best = next((out / name for name in ("best.h5", "last.h5") if (out / name).exists()), out)
+    model = ["--model", own] if own else []
+    evaluate = shlex.join(["python", "-m", "cnnmpi.evaluate", str(best), *model])
+    report = shlex.join(["python", "-m", "cnnmpi.report", str(out), *model])
+    return (
+        f"checkpoints: {checkpoints or 'none anew'}, in {out}\n"
+        f"to go on:    {resume}\nto evaluate: {evaluate}\nto look at:  {page or report}"
+    )
 
 
 def as_judged(evaluation: Evaluation, part: Part) -> Judged | None:
@@ -86,10 +90,13 @@ def first_filters(model: Model) -> Array | None:
     return None
 
 
-def write_report(out: Path, model: Model, evaluation: Evaluation, part: Part) -> Path:
+def write_report(
+    out: Path, model: Model, evaluation: Evaluation, part: Part, tell: Callable[[str], None]
+) -> Path | None:
     """Write the report of the run in the folder ``out``, and return where it is.
 
-    ``evaluation`` of ``part`` is what its last weights do. Raises UserError for whatever hinders that.
+    ``evaluation`` of ``part`` is what its last weights do. Whatever hinders that is told as a warning, for the run is
+    done: None then.
     """
     try:
         run = read_run(out)
@@ -98,6 +105,8 @@ def write_report(out: Path, model: Model, evaluation: Evaluation, part: Part) ->
             warnings.simplefilter("ignore")  # of fonts and folders: nothing about the run
             html = one_run(run)
         write_atomically(out / PAGE, html.encode(errors="backslashreplace"))
-    except (OSError, CheckpointError, ImportError) as error:
-        raise UserError(str(error)) from None
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        tell(f"warning: no report was written: {reason or type(error).__name__}")
+        return None
     return out / PAGE

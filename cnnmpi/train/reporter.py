@@ -21,7 +21,6 @@ from cnnmpi.train.state import version_of
 from cnnmpi.train.terminal import Terminal
 
 LARGEST_MATRIX = 200  # classes up to which TensorBoard is shown the confusion matrix
-SAMPLES = 64  # training images that it is shown
 
 
 class Reporter:
@@ -30,12 +29,17 @@ class Reporter:
     def __init__(self, folder: Path, config: Config = Config(), silent: bool = False) -> None:  # noqa: B008 - frozen
         self.silent = silent
         self.terminal = Terminal(silent, config.quiet)
-        self.board = Board(folder / FOLDER, self.line) if config.tensorboard else None
-        self.records = Records(folder, config.log_every, self.line, None if silent else self.board)
+        self.board = Board(folder / FOLDER, self.line) if config.tensorboard and not silent else None
+        self.records = Records(folder, config.log_every, self.line, self.board)
 
     def line(self, text: str, important: bool = False) -> None:
         """Print one line; with --quiet only warnings, and what is ``important``."""
         self.terminal.line(text, important)
+
+    def block(self, text: str) -> None:
+        """Print lines of our own."""
+        for line in text.splitlines():
+            self.terminal.line(line)
 
     def begin(self, step: int, steps: int, ranks: Ranks, threads: int, samples: Array | None = None) -> None:
         """Say that the run begins, or goes on, at ``step`` of all ``steps``.
@@ -46,7 +50,7 @@ class Reporter:
             return
         self.records.start(circumstances(step, ranks, threads))
         if self.board and samples is not None:
-            self.board.image("train/images", grid(samples[:SAMPLES]), step)
+            self.board.image("train/images", grid(samples), step)
         self.terminal.begin(step, steps)
 
     def step(self, line: Mapping[str, Any], steps: int, epochs: int, images: int) -> None:
@@ -73,15 +77,14 @@ class Reporter:
         self.line("  ".join([f"epoch {metrics['epoch']}  step {metrics['step']}", *parts, speed]))
         self.terminal.evaluated(parts[-1])
 
-    def rewind(self, step: int, steps_per_epoch: int) -> None:
-        """Keep of the records what was complete at ``step``. Raises CheckpointError."""
+    def rewind(self, step: int, steps_per_epoch: int, ended: bool) -> None:
+        """Keep of the records what was complete at ``step``; see ``Records.rewind``."""
         if not self.silent:
-            self.records.rewind(step, steps_per_epoch)
+            self.records.rewind(step, steps_per_epoch, ended)
 
     def close(self) -> None:
-        """Take the progress down, and let go of the files."""
+        """Take the progress down."""
         self.terminal.close()
-        self.records.close()
 
 
 def circumstances(step: int, ranks: Ranks, threads: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def set_up(
     """
     code, signals, watchdog = code or Code(), signals or StopSignals(), watchdog or Watchdog(ranks)
     watchdog.note("preparing data and model", slow=True)
-    tell = print_on_rank0(ranks)
+    tell = print_on_rank0(ranks, config.quiet)
     ranks.agree("their settings", dataclasses.astuple(config))
     config, saved = with_checkpoint(config, code, ranks, tell)
     shards = config.shards or 1
@@ -132,11 +132,11 @@ def set_up(
     return trainer
 
 
-def print_on_rank0(ranks: Ranks) -> Tell:
-    """Return a function that prints a line, on rank 0."""
+def print_on_rank0(ranks: Ranks, quiet: bool = False) -> Tell:
+    """Return a function that prints a line, on rank 0; if ``quiet``, warnings alone ("!" begins the loudest)."""
 
     def tell(text: str) -> None:
-        if ranks.rank == 0:
+        if ranks.rank == 0 and not (quiet and not text.startswith(("warning:", "!"))):
             print(printable(text), flush=True)
 
     return tell
@@ -351,4 +351,5 @@ def open_folder(trainer: Trainer, saved: Saved | None, tell: Tell) -> None:
     if trainer.unsaved:
         trainer.best = -math.inf
     else:
-        trainer.ranks.on_rank0(as_user_errors()(lambda: report.rewind(trainer.step, trainer.steps_per_epoch)))
+        ended = not trainer.epoch_sums[1]  # no images since the last evaluation
+        trainer.ranks.on_rank0(as_user_errors()(lambda: report.rewind(trainer.step, trainer.steps_per_epoch, ended)))

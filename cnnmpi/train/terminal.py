@@ -37,9 +37,9 @@ class Terminal:
     def begin(self, step: int, steps: int) -> None:
         """Say that ``step`` of all ``steps`` of the run are done, and that it goes on from there."""
         self.begun, self.told, self.measured = (time.monotonic(), step), time.monotonic(), time.monotonic()
-        if self.silent or self.quiet or not is_terminal(sys.stdout):
-            return
         console = Console(highlight=False, markup=False, emoji=False)  # names and paths are no markup
+        if self.silent or self.quiet or not is_terminal(sys.stdout) or console.is_dumb_terminal:
+            return
         columns: list[ProgressColumn] = [TaskProgressColumn(), TimeRemainingColumn(compact=True)]
         columns.append(TextColumn("{task.fields[loss]}"))
         if console.width >= NARROW:
@@ -60,11 +60,6 @@ class Terminal:
             self.progress.console.print(text, soft_wrap=True)
         else:
             print(text, flush=True)
-
-    def block(self, text: str) -> None:
-        """Print lines of our own."""
-        for line in text.splitlines():
-            self.line(line)
 
     def step(self, epoch: str, step: int, steps: int, loss: float, images: int) -> None:
         """Show that ``step`` of all ``steps`` are done, the last one of so many ``images`` with this mean ``loss``."""

@@ -19,7 +19,7 @@ from cnnmpi.common.arrays import Array
 from cnnmpi.data import DataLoader, Dataset
 from cnnmpi.distributed import NotFiniteError, Ranks, Reducer, UserError
 from cnnmpi.machine import one_blas_thread
-from cnnmpi.models import FlatArrays, Model
+from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.train.closing import time_table, what_now, write_report
 from cnnmpi.train.config import Config, experiment, to_plain
 from cnnmpi.train.evaluation import Evaluation, Stopped, evaluate
@@ -36,6 +36,7 @@ from cnnmpi.train.team import Team
 from cnnmpi.train.watchdog import Watchdog
 
 STOPPED = 75  # exit code of a run that was asked to stop and saved (EX_TEMPFAIL of sysexits.h: try again later)
+MOST_SAMPLES, SAMPLED_PIXELS = 64, 1 << 21  # training images that TensorBoard is shown, and of them all the pixels
 MOST_SKIPPED = 20  # steps in a row that --on-nan skip leaves out before it gives up
 
 
@@ -249,36 +250,36 @@ class Trainer:
 
     def _samples(self) -> Array | None:
         """Return this rank's first training images (N, C, H, W) as the network gets them, in 0..1, for TensorBoard."""
-        if self.report.board is None or self.ranks.rank or self.step:
+        if self.report.board is None or self.step:
             return None
-        images = np.concatenate([self.loader.batch(0, shard)[0] for shard in self.shards])
-        mean, std = (np.array(values)[:, None, None] for values in (self.loader.mean, self.loader.std))
+        images = self.loader.batch(0, self.shards[0])[0]
+        images = images[: max(1, min(MOST_SAMPLES, SAMPLED_PIXELS // images[0, 0].size))]
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.loader.mean, self.loader.std))
         pixels: Array = np.clip(images * std + mean, 0, 1)
         return pixels
 
     def _record_step(self, epoch: int, index: int, loss: float) -> None:
         """Show and write down the step just done, the one of this ``index`` in its ``epoch``."""
-        rate = self.optimizer.lr
+        rate = self.rate(self.step - 1)
         line = {"step": self.step, "epoch": epoch, "loss": loss, "lr": rate, "grad_norm": self.grad_norm}
         first = index * self.loader.batch_size
         images = min(self.loader.batch_size, len(self.parts["train"].labels) - first)
         self.report.step(line, self.last_step, math.ceil(self.last_step / self.steps_per_epoch), images)
 
     def _close(self, test: Evaluation) -> None:
-        """Say where the time went, and write the report; what hinders that is a warning, the run is done."""
+        """Say where the time went, and write the report; what hinders that is a warning: the run is done, and saved."""
         phases, whole = self.ranks.gather(self.phases.seconds), self.phases.whole
-        if self.ranks.rank:
-            return
-        page = None
-        if self.config.report:
-            self.watchdog.note("writing the report", slow=True)
-            try:
-                page = write_report(self.out, self.model, test, self.parts["test"])
-            except UserError as error:
-                self.report.line(f"warning: no report was written: {error}")
-        self.report.terminal.block(time_table(phases, whole))
-        for line in what_now(self.out, self.saved, self.how_to_resume, page):
-            self.report.line(line)
+        self.watchdog.note("writing the report, of a run that is done and saved", slow=True)
+
+        def write() -> None:
+            page = None
+            if self.config.report:
+                page = write_report(self.out, self.model, test, self.parts["test"], self.report.line)
+            self.report.block(time_table(phases, whole))
+            own = self.config.model if self.config.model not in MODELS else None
+            self.report.block(what_now(self.out, self.saved, self.how_to_resume, own, page))
+
+        self.ranks.on_rank0(write)
 
     def _evaluate(self, part: Part) -> Evaluation:
         """Return the evaluation of a part of the data. Raises Stopped on all ranks if a signal came meanwhile."""
