@@ -349,3 +349,22 @@ def test_the_public_names():
     for name in cnnmpi.__all__:
         assert getattr(cnnmpi, name) is not None
     assert L.Conv2d(1, 1, 1).use_torch is False
+
+
+@pytest.mark.parametrize("precision", ["numpy", "float32", "bfloat16"])
+def test_linear_computes_only_the_gradients_that_are_wanted(precision):
+    model = Wrapped(L.Linear(6, 4))
+    if precision != "numpy":
+        model.to_torch(precision=precision)
+    F, layer = model.layer.F, model.layer
+    x, dout = (model.as_array(rng(3).standard_normal(shape).astype(np.float32)) for shape in ((5, 6), (5, 4)))
+    _, cache = F.linear(x, layer.params["weight"], layer.params["bias"])
+    whole = F.linear_backward(dout, cache)
+    assert all(grad is not None for grad in whole)
+    for input_grad, weight_grad in ((True, False), (False, True), (False, False)):
+        grads = F.linear_backward(dout, cache, input_grad=input_grad, weight_grad=weight_grad)
+        for grad, full, wanted in zip(grads, whole, (input_grad, weight_grad, weight_grad), strict=True):
+            assert (grad is not None) == wanted and (grad is None or bool((grad == full).all()))
+    model.layer.skip_input_grad()
+    model.forward(x)
+    assert model.layer.backward(dout) is None

@@ -4,7 +4,9 @@ import dataclasses
 import html.parser
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from cnnmpi.data import synthetic, write_hdf5
 from cnnmpi.report import Judged, Run, confusion_pixels, grid, one_run, read_run, several_runs
 from cnnmpi.report.__main__ import main
 from cnnmpi.report.charts import MOST_POINTS, Curve, chart, thinned
-from tests.jobs import command, run
+from cnnmpi.report.run import Counts
+from cnnmpi.train.closing import what_now
+from tests.jobs import command, needs_mpirun, run
 
 pytestmark = pytest.mark.mpi_skip
 HOSTILE = "<script>alert(1)</script>\x1b[2J\"'&$x_{1}$"
@@ -252,13 +256,87 @@ def test_other_data_and_data_that_are_gone_are_said(trained, tmp_path, capsys):
 
 
 @pytest.mark.fault
-def test_a_report_that_cannot_be_written_is_a_warning(data, tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_mpirun)])
+@pytest.mark.parametrize("hindrance", ["a folder in its place", "a library that fails"])
+def test_a_report_that_cannot_be_written_is_a_warning(hindrance, ranks, data, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    (out / "report.html").mkdir(parents=True)
-    args = [word for word in command(1, data, out, "--max-steps", "2") if word != "--no-report"]
+    if hindrance == "a folder in its place":
+        (out / "report.html").mkdir(parents=True)
+    else:
+        monkeypatch.setenv("MPLBACKEND", "nonsense")
+    args = [word for word in command(ranks, data, out, "--max-steps", "2") if word != "--no-report"]
     result = run(*args)
     assert result.returncode == 0 and result.stdout.splitlines()[-1].startswith("done: "), result.stderr
-    assert "warning: no report was written: " in result.stdout
+    assert result.stdout.count("warning: no report was written: ") == 1 and "Traceback" not in result.stderr
+
+
+@needs_mpirun
+def test_a_report_is_the_same_from_any_number_of_ranks(trained, data, tmp_path):
+    args = [word for word in command(2, data, tmp_path / "run", "--log-every", "2") if word != "--no-report"]
+    assert run(*args).returncode == 0
+    one, two = ((folder / "report.html").read_text() for folder in (trained, tmp_path / "run"))
+    for title in ("Classes", "Most wrong", "First filters"):
+        begin, end = f'<h2 id="{title.lower().replace(" ", "-")}">', "<h2"
+        assert one.split(begin)[1].split(end)[0] == two.split(begin)[1].split(end)[0]
+
+
+def test_matplotlib_starts_no_program_which_mpi_forbids(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))  # without a cache of fonts
+    code = (
+        "import sys; from cnnmpi.report.charts import Curve, chart\n"
+        "sys.addaudithook(lambda event, args: sys.exit(f'{event} {args}') if event in ('subprocess.Popen', 'os.fork') "
+        "else None)\n"
+        "print(len(chart('A', [Curve('x', [(0, 1), (1, 2)])], 'step')))"
+    )
+    result = run(sys.executable, "-c", code)
+    assert result.returncode == 0 and int(result.stdout) > 1000 and result.stderr == ""
+
+
+def test_the_last_lines_name_what_is_there_as_a_shell_takes_it(tmp_path):
+    out = tmp_path / "my runs"
+    out.mkdir()
+    said = what_now(out, {"last.h5": 2}, "python net.py --resume", "my nets/net.py:Net", None).splitlines()
+    assert said[0] == f"checkpoints: last.h5 2 times, in {out}" and said[1] == "to go on:    python net.py --resume"
+    assert said[2] == f"to evaluate: python -m cnnmpi.evaluate '{out}' --model 'my nets/net.py:Net'"
+    assert said[3] == f"to look at:  python -m cnnmpi.report '{out}' --model 'my nets/net.py:Net'"
+    (out / "best.h5").touch()
+    assert f"'{out}/best.h5'" in what_now(out, {}, "", None, out / "report.html")
+
+
+def test_a_table_of_many_classes_takes_memory_for_images_not_for_pairs(tmp_path, monkeypatch):
+    known = made_up(5000, tmp_path)
+    monkeypatch.setattr(Counts, "confusion", property(lambda self: pytest.fail("25 million numbers")))
+    text = Reader(one_run(known)).text
+    assert "The 40 of 5000 classes" in text and "taken for" in text
+
+
+def test_counts_are_those_of_the_confusion_matrix(tmp_path):
+    judged = made_up(7, tmp_path).judged
+    counts, matrix = Counts.of(judged, 7), np.zeros((7, 7), int)
+    np.add.at(matrix, (judged.labels, judged.guesses), 1)
+    assert (counts.confusion == matrix).all() and counts.times.tolist() == sorted(counts.times, reverse=True)
+    assert (counts.images == matrix.sum(axis=1)).all() and (counts.guessed == matrix.sum(axis=0)).all()
+    off = matrix[counts.mistakes[:, 0], counts.mistakes[:, 1]]
+    assert (off == counts.times).all() and counts.times.sum() == matrix.sum() - np.trace(matrix)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "text", ["a = 0x" + "f" * 5000, "a = " + "9" * 5000, "a = [" + "[" * 5000, "\x00", "data = 5\nmodel = {x = 1}"]
+)
+def test_settings_that_nobody_could_mean(text, trained, tmp_path):
+    out = copied(trained, tmp_path / "run")
+    (out / "config.toml").write_text(text)
+    assert main([str(out), "--data", "none", "--out", str(tmp_path / "page.html")]) == 0
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name", ["metrics.jsonl", "steps.jsonl", "config.toml", "last.h5"])
+def test_a_pipe_in_the_place_of_a_file_lets_nobody_wait(name, trained, tmp_path):
+    out = copied(trained, tmp_path / "run")
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    assert main([str(out), "--data", "none", "--out", str(tmp_path / "page.html")]) == 0
 
 
 def test_several_folders_of_the_same_name_are_told_apart(trained, tmp_path):

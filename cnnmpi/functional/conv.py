@@ -277,7 +277,11 @@ def linear(x: Array, W: Array, b: Array | None = None) -> tuple[Array, Any]:
 
 
 @one_blas_thread()
-def linear_backward(dy: Array, cache: Any) -> tuple[Array, Array, Array | None]:
-    """Return (dx, dW, db) = (dy W, dy' x, sum of dy over the batch)."""
+def linear_backward(
+    dy: Array, cache: Any, *, input_grad: bool = True, weight_grad: bool = True
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Return (dx, dW, db) = (dy W, dy' x, sum of dy over the batch); None for what is not wanted."""
     x, W, has_bias = cache
-    return dy @ W, dy.T @ x, column_sums(dy) if has_bias else None
+    dx = dy @ W if input_grad else None
+    dW = dy.T @ x if weight_grad else None
+    return dx, dW, column_sums(dy) if has_bias and weight_grad else None

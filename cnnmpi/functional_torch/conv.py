@@ -76,7 +76,11 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> tuple[Tensor, Any]:
     return torch.nn.functional.linear(x, W, b), (x, W, b is not None)
 
 
-def linear_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (dx, dW, db) = (dy W, dy' x, sum of dy over the batch)."""
+def linear_backward(
+    dy: Tensor, cache: Any, *, input_grad: bool = True, weight_grad: bool = True
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dx, dW, db) = (dy W, dy' x, sum of dy over the batch); None for what is not wanted."""
     x, W, has_bias = cache
-    return dy @ W, dy.T @ x, dy.sum(0) if has_bias else None
+    dx = dy @ W if input_grad else None
+    dW = dy.T @ x if weight_grad else None
+    return dx, dW, dy.sum(0) if has_bias and weight_grad else None

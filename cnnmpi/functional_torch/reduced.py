@@ -51,10 +51,10 @@ def operations(dtype: torch.dtype) -> dict[str, Any]:
         y, cache = conv.linear(x.to(dtype), *rounded(W, b, None))
         return y.float(), (cache, x.dtype)
 
-    def linear_backward(dy: Tensor, cache: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    def linear_backward(dy: Tensor, cache: Any, **wanted: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         products, x_dtype = cache
-        dx, dW, _ = conv.linear_backward(dy.to(dtype), products)
-        return dx.to(x_dtype), dW, dy.sum(0) if products[2] else None
+        dx, dW, db = conv.linear_backward(dy.to(dtype), products, **wanted)
+        return None if dx is None else dx.to(x_dtype), dW, None if db is None else dy.sum(0)
 
     def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Any]:
         y, cache = norm.group_norm(x.float(), gamma, beta, **options)  # a GPU's kernel wants one type for all

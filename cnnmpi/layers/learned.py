@@ -36,8 +36,9 @@ class Linear(Layer):
         return self._keep(self.F.linear(x, self.params["weight"], self.params.get("bias")))
 
     def backward(self, dout: Array) -> Array:
-        """(N, out_features) -> (N, in_features)."""
-        dx, dW, db = self.F.linear_backward(dout, self._taken(dout))
+        """(N, out_features) -> (N, in_features), or None after ``skip_input_grad()``."""
+        wanted = {"input_grad": self.input_grad, "weight_grad": not self.frozen}
+        dx, dW, db = self.F.linear_backward(dout, self._taken(dout), **wanted)
         self.add_grads(weight=dW, bias=db)
         return dx
 
