@@ -75,6 +75,7 @@ def main() -> int:
             "agree": trainer._agree,
             "look": watchdog._observe,
             "lines": write_down,
+            "entry": lambda: trainer._enter(0.5),
         }
         times: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(args.steps):
@@ -90,6 +91,8 @@ def main() -> int:
             f"watchdog, once a second ({ms['look']:.2f} ms)": ms["look"] * seconds / INTERVAL_S,
             f"phases and records, a line every {config.log_every} steps ({ms['lines']:.2f} ms)": ms["lines"]
             / config.log_every,
+            f"ledger, an entry every {config.ledger_every} steps ({ms['entry']:.2f} ms)": ms["entry"]
+            / config.ledger_every,
         }
         print(f"{args.model}, {ranks.size} ranks: median step {ms['step']:.1f} ms")
         for what, cost in costs.items():

@@ -9,6 +9,7 @@ ranks. What strikes whom and when is drawn from ``--seed``; only the very instan
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import runpy
@@ -36,6 +37,7 @@ from cnnmpi.rng import generator
 from cnnmpi.train import Trainer
 from cnnmpi.train.__main__ import main as train
 from cnnmpi.train.folder import find_checkpoint
+from cnnmpi.train.ledger import LEDGER
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 KINDS = (*SIGNALS, "exception", "exit")
@@ -198,16 +200,18 @@ def step_of(out: Path) -> int:
 
 
 def result_of(outcome: Outcome, out: Path) -> str | None:
-    """Return the digest of the weights that a complete run has left in ``out``; None of one that was not completed."""
+    """Return the digests of the weights and of the ledger that a complete run has left in ``out``; None before that."""
     saved = find_checkpoint("auto", out, lambda text: None) if "\ndone: test_" in outcome.output else None
     if saved is None:
         return None
     weights = {name.removeprefix("model/"): array for name, array in saved.arrays.items() if name.startswith("model/")}
-    return weights_digest(weights)
+    ledger = out / LEDGER
+    entries = f", and its ledger, {hashlib.sha256(ledger.read_bytes()).hexdigest()}" if ledger.exists() else ""
+    return weights_digest(weights) + entries
 
 
 def undisturbed(arena: Arena, out: Path, ranks: int) -> str:
-    """Return the digest in which the run in ``out`` ends if nothing strikes it any more. Raises UserError."""
+    """Return the digests in which the run in ``out`` ends if nothing strikes it any more. Raises UserError."""
     outcome = arena.run(out, ranks, NO_FAULT)
     result = result_of(outcome, out)
     if outcome.code or result is None:

@@ -31,7 +31,9 @@ def run(*args: str | Path, timeout: float = HANGS_S) -> subprocess.CompletedProc
 
 
 def digest(output: str) -> str:
-    return re.search(r"^done: test_acc=0\.\d{4} weights_sha256=([0-9a-f]{64})$", output, re.MULTILINE)[1]
+    return re.search(
+        r"^done: test_acc=0\.\d{4} weights_sha256=([0-9a-f]{64}) ledger=[0-9a-f]{64}$", output, re.MULTILINE
+    )[1]
 
 
 def start_and_wait(args: list[str], out: Path, name: str = "last.h5") -> subprocess.Popen[str]:

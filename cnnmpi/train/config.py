@@ -114,6 +114,8 @@ class Execution:
     """Steps between checkpoints; 0 writes one at the end of each epoch only."""
     log_every: int = 10
     """Steps between lines in steps.jsonl and points in TensorBoard; 0 writes of epochs only."""
+    ledger_every: int = 10
+    """Steps between entries in ledger.jsonl, by which others can check the run; 0 writes none."""
     tensorboard: bool = False
     """Write curves, confusion matrices and sample images for TensorBoard, too, into the folder of the run."""
     report: bool = True
@@ -234,7 +236,7 @@ def check_ranges(config: Config) -> None:
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
         "warmup": 0, "label_smoothing": 0, "clip": 0, "validation": 0, "seed": 0, "threads": 0, "checkpoint_every": 0,
-        "log_every": 0, "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
+        "log_every": 0, "ledger_every": 0, "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
     }  # fmt: skip
     for name, low in lowest.items():
         value = getattr(config, name)

@@ -18,12 +18,13 @@ from cnnmpi.report import CONFIG, METRICS, STARTS, STEPS
 from cnnmpi.train.board import FOLDER as BOARD
 from cnnmpi.train.closing import PAGE
 from cnnmpi.train.errors import as_user_errors
+from cnnmpi.train.ledger import LEDGER
 from cnnmpi.train.state import Arrays, SavedRun, read_saved_run
 
 LAST, PREVIOUS, BEST = "last.h5", "previous.h5", "best.h5"
 # What a run writes, in the order in which it is moved aside. A move that is cut short leaves --resume the earlier run,
 # as it was, or nothing: never an older checkpoint of it. Where config.toml has come, the move was completed.
-WRITTEN = (PREVIOUS, LAST, BEST, METRICS, STEPS, STARTS, PAGE, BOARD, CONFIG)
+WRITTEN = (PREVIOUS, LAST, BEST, METRICS, STEPS, STARTS, LEDGER, PAGE, BOARD, CONFIG)
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,26 @@ from cnnmpi import checkpoint, optim
 from cnnmpi.console import printable
 from cnnmpi.data import Dataset
 from cnnmpi.distributed import DeviceReducer, ExactReducer, Ranks, Reducer, UserError
-from cnnmpi.machine import keep_freed_memory
+from cnnmpi.machine import blas_kernels, keep_freed_memory
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
 from cnnmpi.train.code import Code, explained
-from cnnmpi.train.config import Config, check_kinds, check_ranges, continued, resolve, to_toml, with_defaults
+from cnnmpi.train.config import (
+    Config,
+    check_kinds,
+    check_ranges,
+    continued,
+    experiment,
+    resolve,
+    to_plain,
+    to_toml,
+    with_defaults,
+)
 from cnnmpi.train.errors import as_user_errors
 from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Data, Tell, input_options, make_loader, open_data, parts_of, smallest_shard
+from cnnmpi.train.ledger import Ledger, plain_settings
 from cnnmpi.train.measures import Metric, class_weights, find_losses, make_measures, with_loss
 from cnnmpi.train.probe import probe, probe_loss
 from cnnmpi.train.reporter import Reporter, greeting
@@ -95,6 +106,7 @@ def set_up(
     assert config.out is not None  # resolve() has set it
     folder = RunFolder(config.out, ranks)
     total_steps = (config.epochs or 0) * len(loader)
+    report = Reporter(folder.path, config, silent=ranks.rank != 0)
     trainer = Trainer(
         config=config,
         ranks=ranks,
@@ -113,7 +125,9 @@ def set_up(
         total_steps=total_steps,
         attributes=model_attributes(config.model or "", options, model) | data_attributes(described, code),
         folder=folder,
-        report=Reporter(folder.path, config, silent=ranks.rank != 0),
+        report=report,
+        ledger=Ledger(folder.path, 0 if ranks.rank else config.ledger_every, len(loader), report.line),
+        shaping={},
         hooks=hooks or Hooks(),
         signals=signals,
         watchdog=watchdog,
@@ -128,6 +142,7 @@ def set_up(
         array = np.array(trainer.F.to_numpy(flat))
         ranks.broadcast(array)  # hosts of different kinds may have drawn them with different last bits
         trainer.F.copy_into(flat, array)
+    trainer.shaping = what_shapes(trainer, described, code)
     open_folder(trainer, saved, tell)
     return trainer
 
@@ -144,11 +159,33 @@ def print_on_rank0(ranks: Ranks, quiet: bool = False) -> Tell:
 
 def program() -> str:
     """Return what identifies the program that this rank runs: its sources and the versions of what computes."""
-    sources = hashlib.sha256()
-    for path in sorted(Path(cnnmpi.__file__).parent.rglob("*.py")):
-        sources.update(path.read_bytes())
     versions = [f"{name} {version_of(name)}" for name in ("cnnmpi", "numpy", "torch")]
-    return f"{', '.join(versions)}, sources {sources.hexdigest()}"
+    return f"{', '.join(versions)}, sources {sources_sha256()}"
+
+
+def sources_sha256() -> str:
+    """Return the digest of the sources of this package: of each file's path in it, and its bytes."""
+    digest, package = hashlib.sha256(), Path(cnnmpi.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def what_shapes(trainer: Trainer, data: Data, code: Code) -> dict[str, Any]:
+    """Return all on which the bits of a run depend: what its ledger begins with."""
+    config, flat = trainer.config, trainer.flat
+    engines = ("numpy", "torch") if config.backend == "torch" else ("numpy",)
+    arrays = [[name, list(array.shape)] for name, array in trainer.model.named_arrays().items()]
+    return {
+        "config": plain_settings(to_plain(experiment(config))),
+        "data_sha256": data.sha256,
+        "network": hashlib.sha256(json.dumps(arrays).encode()).hexdigest(),
+        "frozen": hashlib.sha256(trainer.F.to_numpy(flat.frozen).data).hexdigest(),
+        "code": code.sources(),
+        "sources_sha256": sources_sha256(),
+        "versions": {name: version_of(name) for name in ("cnnmpi", *engines)},
+        "kernels": blas_kernels() if config.backend == "numpy" else f"torch on {config.device}",
+    }
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
@@ -351,5 +388,7 @@ def open_folder(trainer: Trainer, saved: Saved | None, tell: Tell) -> None:
     if trainer.unsaved:
         trainer.best = -math.inf
     else:
+        head = saved.run.ledger if saved else ""
+        trainer.ranks.on_rank0(lambda: trainer.ledger.go_on(trainer.step, head, trainer.shaping))
         ended = not trainer.epoch_sums[1]  # no images since the last evaluation
         trainer.ranks.on_rank0(as_user_errors()(lambda: report.rewind(trainer.step, trainer.steps_per_epoch, ended)))

@@ -90,6 +90,7 @@ class SavedRun:
     data_sha256: str
     data_source: str
     sources: dict[str, str]  # {setting that named a person's code: sha256 of its source}
+    ledger: str  # the hash of the ledger's newest entry; "" without one
     loss_scale: list[float]  # of a float16 run: the factor, and the steps in a row without an overflow; else empty
 
 
@@ -116,7 +117,9 @@ def read_saved_run(path: str | Path, attributes: dict[str, Any]) -> SavedRun:
     sources = _sources(path, attributes)
     scale = _loss_scale(path, attributes)
     data = attributes["data_sha256"], attributes["data_source"]
-    return SavedRun(config, step, sums, float(best), *data, sources, scale)
+    ledger = attributes.get("ledger", "")
+    _check(path, "ledger", isinstance(ledger, str), ledger, "a sha256")
+    return SavedRun(config, step, sums, float(best), *data, sources, ledger, scale)
 
 
 def _best(path: str | Path, attributes: dict[str, Any]) -> float:

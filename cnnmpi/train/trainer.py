@@ -26,6 +26,7 @@ from cnnmpi.train.evaluation import Evaluation, Stopped, evaluate
 from cnnmpi.train.folder import BEST, LAST, RunFolder
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Part
+from cnnmpi.train.ledger import Ledger, digests_of
 from cnnmpi.train.measures import Loss, Measures
 from cnnmpi.train.phases import COMPUTE, EVALUATE, LOAD, REDUCE, SAVE, UPDATE, Phases
 from cnnmpi.train.reporter import Reporter
@@ -65,6 +66,8 @@ class Trainer:
     attributes: dict[str, Any]  # of every checkpoint: what the data and the model are
     folder: RunFolder
     report: Reporter
+    ledger: Ledger  # of rank 0; without entries on others
+    shaping: dict[str, Any]  # what shapes the run: the ledger's first entry
     hooks: Hooks
     signals: StopSignals
     watchdog: Watchdog
@@ -210,6 +213,8 @@ class Trainer:
 
     def _run(self) -> int:
         if self.unsaved:
+            self.ledger.begin(self.shaping, self.step)
+            self._enter(None)
             self._save(LAST)  # a full disk is better found now than after an epoch
         first, *notes = self.greeting
         for line in (f"{first}; step {self.step} of {self.last_step}", *notes):
@@ -230,6 +235,8 @@ class Trainer:
             newest = None
             self._record_step(epoch + 1, index, loss)
             self.hooks.call("on_step", self, loss)
+            if self.ledger.wants(self.step):
+                self._enter(loss)
             if self.stopping and self.step < self.last_step:
                 raise Stopped
             if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
@@ -238,7 +245,8 @@ class Trainer:
         digest = checkpoint.weights_digest(self.model.state_dict())
         result = f"test_acc={test.metrics['acc']:.4f}" if "acc" in test.metrics else f"test_loss={test.loss:.4f}"
         self._close(test)
-        self.report.line(f"done: {result} weights_sha256={digest}", important=True)
+        ledger = f" ledger={self.ledger.head}" if self.ledger.head else ""
+        self.report.line(f"done: {result} weights_sha256={digest}{ledger}", important=True)
         return 0
 
     def _stop(self) -> int:
@@ -265,6 +273,14 @@ class Trainer:
         first = index * self.loader.batch_size
         images = min(self.loader.batch_size, len(self.parts["train"].labels) - first)
         self.report.step(line, self.last_step, math.ceil(self.last_step / self.steps_per_epoch), images)
+
+    def _enter(self, loss: float | None) -> None:
+        """Write into the ledger what this run holds after the step just done, whose mean ``loss`` this was."""
+        to_numpy, optimizer = self.F.to_numpy, self.optimizer
+        state = {slot: [to_numpy(array) for array in arrays] for slot, arrays in optimizer.state.items()}
+        digests = digests_of(to_numpy(self.flat.params), to_numpy(self.flat.buffers), state, optimizer.steps)
+        scale = {"loss_scale": str(self.scale.factor)} if self.scale.moves else {}
+        self.ledger.enter(self.step, loss, digests | scale)
 
     def _close(self, test: Evaluation) -> None:
         """Say where the time went, and write the report; what hinders that is a warning: the run is done, and saved."""
@@ -364,6 +380,8 @@ class Trainer:
             "step": self.step,
             "epoch_sums": json.dumps(sums),
         }
+        if self.ledger.head:
+            attributes["ledger"] = self.ledger.head
         if self.scale.moves:
             attributes["loss_scale"] = [self.scale.factor, float(self.scale.steady)]
         if "acc" in self.measures.names:
