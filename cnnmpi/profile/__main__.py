@@ -129,7 +129,7 @@ def check_room(count: int, shape: Sequence[int], classes: int) -> None:
     if needed > free:
         raise UserError(
             f"{count} images of {'x'.join(map(str, shape))} and {classes} outputs each take {needed // MIB:,} MiB, and "
-            f"{free // MIB:,} MiB are free: choose a smaller --batch-size"
+            f"{free // MIB:,} MiB are free: choose fewer, or smaller ones"
         )
 
 
