@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 
 from cnnmpi.common.arrays import Array
-from cnnmpi.common.files import remove_temporaries, replacing
+from cnnmpi.common.files import identity, remove_temporaries, replacing
 from cnnmpi.common.text import printable
 from cnnmpi.distributed import UserError
 
@@ -82,7 +82,7 @@ class Writer(Protocol):
         """Write the next answer."""
 
     def end(self) -> None:
-        """Write what belongs after the last one."""
+        """Write what belongs after the last one, and let the file take its place."""
 
 
 class Lines:
@@ -108,7 +108,7 @@ class Csv:
     """
 
     def __init__(self, file: "Output", meaning: Meaning) -> None:
-        self.rows, self.meaning = csv.writer(file), meaning
+        self.file, self.rows, self.meaning = file, csv.writer(file), meaning
         name, _, value = meaning.names
         count = len(meaning.listed(np.zeros(len(meaning.classes))))
         numbers = ("", *(f"_{k}" for k in range(2, count + 1)))
@@ -124,7 +124,8 @@ class Csv:
         self.rows.writerow([answer.path, *cells, answer.error])
 
     def end(self) -> None:
-        """Nothing."""
+        """Let the file take its place."""
+        self.file.close()
 
 
 class Json:
@@ -152,8 +153,9 @@ class Json:
         self.before = ",\n"
 
     def end(self) -> None:
-        """Close the list."""
+        """Close the list, and let the file take its place."""
         self.file.write("\n]\n" if self.before == ",\n" else "[]\n")
+        self.file.close()
 
 
 def short(value: Any) -> float:
@@ -162,16 +164,23 @@ def short(value: Any) -> float:
 
 
 class Output:
-    """Standard output for the path "-", else a new file that takes the place of ``path`` once the ``with`` ends well.
+    """Standard output for the path "-", else a new file that takes the place of ``path`` when it is closed.
 
-    Until then nothing is seen there. The file beside it is made at the beginning: a place that cannot be written is
-    known before anything is computed. ``option`` names it in errors. Raises UserError.
+    Until then nothing is seen there, and nothing stays if the ``with`` ends by an error before. The file beside it is
+    made at the beginning: a place that cannot be written is known before anything is computed. ``replaced`` is the
+    ``identity`` of the file that is there already, if one is. ``option`` names it in errors. Raises UserError.
     """
 
     def __init__(self, option: str, path: str) -> None:
         self.option, self.name = option, path
         self.path = None if path == "-" else Path(os.path.realpath(path))  # what a link leads to is replaced, not it
+        self.replaced = None if self.path is None else identity(self.path)
         self._stack, self._file = contextlib.ExitStack(), sys.stdout
+
+    def spare(self, path: str | Path, what: str) -> None:
+        """Raise UserError where ``path``, which is ``what``, would be replaced, by whatever name."""
+        if self.replaced is not None and self.replaced == identity(path):
+            raise UserError(f"{self.option} {self.name}: is {what}: name another file")
 
     def __enter__(self) -> "Output":
         if self.path is None:
@@ -190,6 +199,11 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._explained():
             self._stack.__exit__(kind, error, at)
+
+    def close(self) -> None:
+        """Let the file take its place."""
+        with self._explained():
+            self._stack.close()
 
     def write(self, text: str) -> int:
         """Write ``text``; return its length."""

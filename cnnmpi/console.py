@@ -145,8 +145,9 @@ def progress(total: int, program: str, what: str = "files") -> Iterator[Callable
     """
     if is_terminal(sys.stderr):
         columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # standard output stays what it is: the results may go there
-        with Progress(*columns, console=Console(file=sys.stderr), transient=True, redirect_stdout=False) as bar:
+        # lines above the bar are not broken, and standard output stays what it is: the results may go there
+        console = Console(file=sys.stderr, soft_wrap=True)
+        with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
             task = bar.add_task("", total=total)
             yield lambda count: bar.advance(task, count)
         return

@@ -62,8 +62,9 @@ class Gallery:
         self.likely += values >= 0.5
 
     def end(self) -> None:
-        """Write the page."""
+        """Write the page, and let it take its place."""
         self.file.write(page(self.title, self.body(), STYLE))
+        self.file.close()
 
     def body(self) -> str:
         """Return what stands below the title, as HTML."""

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import errno
 import html.parser
 import io
 import json
@@ -343,7 +344,9 @@ def test_a_model_sees_in_prediction_what_it_saw_in_training(tmp_path, capsys, mo
     stated = {"classes": CLASSES, "mean": [MEAN] * 3, "std": [STD] * 3, "data_fit": how}
     checkpoint.save(path, pack(net), model_attributes("simplecnn", options, net) | stated)
     image = saved(tmp_path / "p.png", Image.fromarray(picture(90, 40)))
-    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: seen.extend(images) or np.ones((1, 4)))
+    monkeypatch.setattr(
+        "cnnmpi.predict.predictions", lambda model, images, *rest: seen.extend(images) or np.ones((1, 4))
+    )
     assert main([str(path), str(image)]) == 0
     expected = fit(picture(90, 40), 28, 20, how if how in ("pad", "stretch") else "crop")
     assert np.array_equal(seen[0], expected)
@@ -421,12 +424,23 @@ def test_what_cannot_predict_is_refused_in_one_line(model, tmp_path, capsys):
         assert not out and message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "nets.py:mine", "binary_cross_entropy", "mse", 3, None])
-def test_what_is_printed_is_what_the_model_was_trained_to_give(tmp_path, capsys, model, loss):
+@pytest.mark.parametrize(
+    ("loss", "counted"),
+    [
+        ("cross_entropy", {}),
+        ("binary_cross_entropy", {"best_test_acc": 0.5}),
+        ("mse", {}),
+        (None, {}),
+        ("nets.py:mine", {"best_test_loss": 0.5}),  # the targets are no classes: who knows what the outputs are
+        ("nets.py:mine", {"best_test_acc": -1}),
+        ("nets.py:mine", {"best_val_acc": 0.5}),
+    ],
+)
+def test_what_is_printed_is_what_the_model_was_trained_to_give(tmp_path, capsys, model, loss, counted):
     path, net = model
     arrays, attributes = checkpoint.load(path)
-    config = json.dumps({"loss": loss}) if loss else "no JSON"
-    checkpoint.save(path, arrays, attributes | {"classes": list("abcd"), "config": config})
+    config = {"config": json.dumps({"loss": loss})} if loss else {}  # written by another program
+    checkpoint.save(path, arrays, attributes | {"classes": list("abcd")} | config | counted)
     image = saved(tmp_path / "a.png", Image.fromarray(picture(28, 20)))
     channels = len(attributes["mean"])
     pixels = read_image(image, channels)
@@ -436,9 +450,18 @@ def test_what_is_printed_is_what_the_model_was_trained_to_give(tmp_path, capsys,
     expected = {
         "binary_cross_entropy": 100 / (1 + np.exp(-logits)),
         "mse": logits,
-    }.get(loss, 100 * softmax(logits))
+    }.get(loss, logits if "best_test_loss" in counted else 100 * softmax(logits))
     for name, value in zip("abcd", expected, strict=True):
         assert float(printed[name]) == pytest.approx(float(value), abs=0.06, rel=0.006), "as rounded for people"
+
+
+def test_settings_that_can_be_none_are_refused_as_evaluate_does(tmp_path, capsys, model):
+    path, _ = model
+    arrays, attributes = checkpoint.load(path)
+    checkpoint.save(path, arrays, attributes | {"config": "no JSON"})
+    assert main([str(path), str(saved(tmp_path / "a.png", Image.fromarray(picture())))]) == 2
+    err = capsys.readouterr().err
+    assert f"{path}: its configuration cannot be used: " in err and err.count("\n") == 1
 
 
 # -- many images, and what is written of them --------------------------------------------------------------------------
@@ -516,10 +539,45 @@ def test_a_pattern_gives_the_files_that_match_sorted_unless_a_file_has_that_name
     }.items():
         assert main([str(trained[0]), pattern]) == 0
         out, err = capsys.readouterr()
-        assert paths_in(out) == expected and not err, pattern
+        assert paths_in(out) == expected, pattern
+        circle = "cnnmpi.predict: left out: p/circle: a link to a folder, which may lead in circles\n"
+        assert err == (circle if "**" in pattern else ""), pattern
 
 
-@pytest.mark.parametrize("name", ["p/*.png", "empty", "-"])
+def test_two_stars_stand_for_all_folders_below_and_no_links(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a.png", "p/b.png", "p/q/c.png", "p/q/r/d.png", "p[1]/q/e.png", "p/.hidden/f.png"]
+    for number, name in enumerate(names):
+        drawn(Path(name), number)
+    for number in range(30):  # links in circles: as many paths as there are ways through them
+        (tmp_path / "p" / "q" / f"link{number}").symlink_to(tmp_path / "p")
+    Path("link").symlink_to("p/q")
+    for pattern, expected in {
+        "**/*.png": ["a.png", "p/b.png", "p/q/c.png", "p/q/r/d.png", "p[1]/q/e.png"],
+        f"{tmp_path}/**/r/*.png": [f"{tmp_path}/p/q/r/d.png"],
+        "**/q/**/*.png": ["p/q/c.png", "p/q/r/d.png", "p[1]/q/e.png"],
+        "p/**": ["p/b.png", "p/q/c.png", "p/q/r/d.png"],
+        "link/**/*.png": ["link/c.png", "link/r/d.png"],  # one that is named
+        "p/**.png": ["p/b.png"],
+        "[p]/**/**/c.png": ["p/q/c.png"],
+    }.items():
+        assert main([str(trained[0]), pattern]) == 0
+        assert paths_in(capsys.readouterr().out) == expected, pattern
+
+
+def test_a_pattern_that_nothing_matches_is_a_file_that_is_not_there(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn(Path("a.png"), 0)
+    drawn(Path("gone1.png"), 0).unlink()
+    assert main([str(trained[0]), "a.png", "gone[1].png", "--csv", "out.csv"]) == 0
+    reason = "no file of this name, and none matches it as a pattern"
+    assert capsys.readouterr().err.startswith(f"cnnmpi.predict: error: gone[1].png: {reason}\n")
+    assert [row[-1] for row in rows_of(Path("out.csv"))] == ["error", "", reason]
+    assert main([str(trained[0]), "gone*.png"]) == 2
+    assert capsys.readouterr() == ("", f"cnnmpi.predict: error: gone*.png: {reason}\n")
+
+
+@pytest.mark.parametrize("name", ["empty", "-"])
 def test_what_gives_no_files_is_named_in_one_line(trained, tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
@@ -539,6 +597,26 @@ def test_a_list_on_standard_input_stands_where_it_is_named(trained, tmp_path, ca
     give(monkeypatch, end.join(map(os.fsencode, names)) + end)
     assert main([str(trained[0]), "first.png", "-", "last.png", "--json", "out.json"]) == 0
     assert [each["path"] for each in json.loads(Path("out.json").read_text())] == ["first.png", *names, "last.png"]
+
+
+def test_a_list_may_come_from_windows(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn(Path("é.png"), 0)
+    give(monkeypatch, "\ufeffé.png\r\n".encode())
+    assert main([str(trained[0]), "-"]) == 0
+    assert paths_in(capsys.readouterr().out) == ["é.png"]
+    for listed in ("\ufeffé.png\r\n".encode("utf-16-le"), "\ufeffé.png\r\n".encode("utf-16-be")):
+        give(monkeypatch, listed)
+        assert main([str(trained[0]), "-"]) == 2
+        said = "cnnmpi.predict: error: standard input is a list in UTF-16: write it in UTF-8\n"
+        assert capsys.readouterr() == ("", said)
+
+
+def test_standard_input_is_read_once(trained, tmp_path, capsys, monkeypatch):
+    give(monkeypatch, os.fsencode(drawn(tmp_path / "a.png", 0)))
+    assert main([str(trained[0]), "-", "-"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "which is read once: name it once" in err and err.count("\n") == 1
 
 
 def test_a_table_holds_what_the_model_says_and_texts_as_they_are(trained, tmp_path, capsys, monkeypatch):
@@ -582,7 +660,7 @@ def test_json_holds_what_the_model_says_and_texts_as_they_are(trained, tmp_path,
 def test_what_is_no_number_is_null_in_json(trained, tmp_path, capsys, monkeypatch):
     images = [str(drawn(tmp_path / f"{k}.png", k)) for k in range(2)]
     values = np.array([[0.2, 0.3, 0.2, 0.1], [np.nan, np.inf, -np.inf, 0.1]], np.float32)
-    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: values)
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, *rest: values)
     arguments = ["--json", str(tmp_path / "a.json"), "--gallery", str(tmp_path / "a.html"), "--top", "4"]
     assert main([str(trained[0]), *images, *arguments]) == 0
     _, said = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
@@ -638,12 +716,12 @@ def test_files_appear_whole_or_not_at_all(trained, tmp_path, monkeypatch):
     files["json"].symlink_to("real.json")
     before, calls = sorted(Path().iterdir()), []
 
-    def predict(model, images, tta):
+    def predict(model, images, *rest):
         assert files["csv"].read_text() == files["json"].read_text() == "old" and not files["gallery"].exists()
         calls.append(images)
         if len(calls) == limit:
             raise ZeroDivisionError
-        return predictions(model, images, tta)
+        return predictions(model, images, *rest)
 
     monkeypatch.setattr("cnnmpi.predict.predictions", predict)
     arguments = [str(trained[0]), *images, *(word for name, path in files.items() for word in (f"--{name}", str(path)))]
@@ -673,6 +751,74 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_the_old_file(trained, tmp_pa
     assert old.read_text() == "old" and not list(tmp_path.glob(".*"))
 
 
+def test_a_gallery_that_fails_leaves_the_tables(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn(Path("a.png"), 0)
+
+    def full(path):
+        if "html" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cnnmpi.common.files.sync", full)
+    arguments = ["--csv", "out.csv", "--json", "out.json", "--gallery", "out.html"]
+    assert main([str(trained[0]), "a.png", *arguments]) == 2
+    assert "--gallery out.html: cannot be written: No space left on device" in capsys.readouterr().err
+    assert len(rows_of(Path("out.csv"))) == 2 and len(json.loads(Path("out.json").read_text())) == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["a.png", "model.h5", "out.csv", "out.json"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_who_may_read_a_file_may_read_the_one_in_its_place(trained, tmp_path, monkeypatch, mode):
+    image, table = drawn(tmp_path / "a.png", 0), tmp_path / "out.csv"
+    table.write_text("old")
+    table.chmod(mode)
+    assert main([str(trained[0]), str(image), "--csv", str(table)]) == 0
+    assert len(rows_of(table)) == 2 and table.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize(
+    ("images", "name"),
+    [
+        ("link/0.png", "photos/0.png"),
+        ("photos/0.png", "link/0.png"),
+        ("sub/../keep.png", "keep.png"),
+        ("l.png", "l.png"),
+        ("l.png", "photos/0.png"),
+        ("photos", "photos/0.png"),
+        ("photos/*", "link/0.png"),
+        ("-", "photos/0.png"),
+        ("photos", "photos/cut.png"),
+        ("photos", "photos/table"),
+        ("keep.png", "nets.py"),
+        ("keep.png", "other.py"),
+        ("keep.png", "copy.h5"),
+    ],
+)
+def test_nothing_is_written_over_what_is_read_whatever_leads_there(
+    trained, tmp_path, capsys, monkeypatch, images, name
+):
+    monkeypatch.chdir(tmp_path)
+    for number, path in enumerate(["photos/0.png", "photos/1.png", "keep.png"]):
+        drawn(Path(path), number)
+    Path("photos/cut.png").write_bytes(Path("keep.png").read_bytes()[:60])
+    os.mkfifo("photos/table")
+    Path("sub").mkdir()
+    Path("link").symlink_to("photos")
+    Path("l.png").symlink_to("photos/0.png")
+    Path("copy.h5").symlink_to("model.h5")
+    Path(f"{tmp_path.name}.py").write_text("from cnnmpi import SimpleCNN\n\n\nclass Net(SimpleCNN):\n    pass\n")
+    Path("other.py").symlink_to(f"{tmp_path.name}.py")
+    Path("nets.py").write_text(f"from {tmp_path.name} import Net\n")
+    give(monkeypatch, b"./photos/1.png\nlink/0.png\n")
+    before = {path: path.read_bytes() for path in sorted(Path().rglob("*")) if path.is_file()}
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda *arguments: pytest.fail("too late"))
+    assert main([str(trained[0]), images, "--csv", name, "--model", "nets.py:Net"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.splitlines()[-1].startswith("cnnmpi.predict: error: ")
+    assert re.search("is to be read|is the network's source|is the checkpoint|is not a file", err)
+    assert {path: path.read_bytes() for path in sorted(Path().rglob("*")) if path.is_file()} == before
+
+
 def test_places_that_cannot_be_written_are_known_before_anything_is_computed(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cnnmpi.predict.predictions", lambda *arguments: pytest.fail("too late"))
     monkeypatch.chdir(tmp_path)
@@ -700,8 +846,11 @@ def test_places_that_cannot_be_written_are_known_before_anything_is_computed(tra
 def test_a_folder_may_take_what_is_written_of_it(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn(Path("photos/a.png"), 0)
+    Path("link").symlink_to("photos")
     for _ in range(2):
         assert main([str(trained[0]), "photos", "--csv", "photos/out.csv", "--strict"]) == 0
+        assert len(rows_of(Path("photos/out.csv"))) == 2
+        assert main([str(trained[0]), "link", "--csv", "link/out.csv", "--strict"]) == 0
         assert len(rows_of(Path("photos/out.csv"))) == 2
 
 
@@ -718,9 +867,9 @@ def test_numbers_depend_neither_on_threads_nor_on_what_cannot_be_read(trained, t
         drawn(Path(f"photos/{k:02}.png"), k)
     shapes, tables = [], []
 
-    def predict(model, images, tta):
+    def predict(model, images, *rest):
         shapes[-1].append(len(images))
-        return predictions(model, images, tta)
+        return predictions(model, images, *rest)
 
     monkeypatch.setattr("cnnmpi.predict.predictions", predict)
     arguments = [str(trained[0]), "photos", "--csv", "out.csv", "--backend", backend]
@@ -749,9 +898,9 @@ def test_batches_are_computed_and_files_read_at_the_same_time(trained, tmp_path,
         meetings["read"].wait(20)
         return read_fitted(path, *arguments)
 
-    def predict(model, images, tta):
+    def predict(model, images, *rest):
         meetings["computed"].wait(20)
-        return predictions(model, images, tta)
+        return predictions(model, images, *rest)
 
     monkeypatch.setattr("cnnmpi.predict.read_fitted", read)
     monkeypatch.setattr("cnnmpi.predict.predictions", predict)
@@ -779,6 +928,16 @@ def test_a_terminal_shows_a_bar_and_standard_output_stays_clean(trained, tmp_pat
     rows = list(csv.reader(io.StringIO(out, newline="")))
     assert [row[0] for row in rows] == ["path", str(image), "bad[/red].png"]
     assert "━" in err and "2/2" in err and "bad[/red].png: not an image" in err
+
+
+def test_lines_above_the_bar_are_as_long_as_they_are(trained, tmp_path, capsys, monkeypatch):
+    name = f"{'a long name ' * 9}.png"
+    monkeypatch.setattr("cnnmpi.console.is_terminal", lambda stream: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(trained[0]), str(drawn(Path("a.png"), 0)), name, "--csv", "out.csv"]) == 0
+    assert f"cnnmpi.predict: error: {name}: No such file or directory\n" in capsys.readouterr().err
 
 
 def test_a_log_gets_a_line_now_and_then(trained, tmp_path, capsys, monkeypatch):
@@ -843,7 +1002,7 @@ def test_a_gallery_shows_the_least_sure_of_each_class_and_says_how_many_there_ar
     for row, (k, value) in zip(rows, said.values(), strict=True):
         row[:] = (1 - value) / 3
         row[k] = value
-    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: rows)
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, *rest: rows)
     for limit, expected in ((100, "bdcaef"), (6, "bdcaef"), (5, "bdcef"), (4, "bdef"), (3, "bef"), (2, "be"), (1, "b")):
         monkeypatch.setattr("cnnmpi.gallery.SHOWN", limit)
         assert main([str(trained[0]), *images, "--gallery", str(tmp_path / "out.html")]) == 0
@@ -861,7 +1020,7 @@ def test_a_gallery_of_numbers_is_spread_over_them(tmp_path, monkeypatch):
     images = [str(drawn(tmp_path / f"{k}.png", k)) for k in range(7)]
     rows = np.zeros((7, 4), np.float32)
     rows[:, 0] = [3, 1, 6, 0, 5, 2, 4]
-    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, tta: rows)
+    monkeypatch.setattr("cnnmpi.predict.predictions", lambda model, images, *rest: rows)
     monkeypatch.setattr("cnnmpi.gallery.SHOWN", 3)
     assert main([str(path), *images, "--gallery", str(tmp_path / "out.html")]) == 0
     assert [Path(each["alt"]).stem for each in Shown((tmp_path / "out.html").read_text()).pictures] == ["3", "0", "2"]

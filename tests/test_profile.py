@@ -15,7 +15,7 @@ from cnnmpi import SGD, Conv2d, Flatten, GlobalAvgPool2d, Linear, Model, ReLU, R
 from cnnmpi import layers as L
 from cnnmpi.__main__ import main as cnnmpi
 from cnnmpi.functional import cross_entropy_loss
-from cnnmpi.profile import LayerCost, Profile, Step, count_flops, measure, timed
+from cnnmpi.profile import Calls, LayerCost, Profile, Step, count_flops, measure, timed
 from cnnmpi.profile import advice as advice_module
 from cnnmpi.profile.__main__ import main
 from cnnmpi.profile.advice import advice
@@ -142,6 +142,17 @@ def test_the_parts_of_a_real_step_add_up_to_it():
         assert sum(rows) == pytest.approx(whole, abs=0.01 * len(rows))
 
 
+def test_the_steps_are_added_up_once(monkeypatch):
+    clock, sums = Clock(), []
+    real = sys.modules["cnnmpi.profile.measure"]._sum
+    monkeypatch.setattr(sys.modules["cnnmpi.profile.measure"], "_sum", lambda spent: sums.append(spent) or real(spent))
+    model = Wired(clock)
+    a_step(model)()
+    whole, clock.now = clock.now, 0.0
+    _, steps = timed(a_step(model), seconds=50 * whole, clock=clock)
+    assert steps == 50 and len(sums) == 2 * steps  # as each ends, and to sort them
+
+
 def test_the_slower_half_does_not_count():
     clock, took = Clock(), iter([1, 10, 7, 100, 5, 3])
 
@@ -233,6 +244,34 @@ def test_simplecnn_has_the_multiply_adds_that_the_readme_says():
     assert forward / 2 / 2 == pytest.approx(5.6e6, rel=0.01)
 
 
+def test_a_layer_that_is_called_by_keywords_is_counted():
+    class Net(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.flatten, self.head = L.ConvTranspose2d(3, 4, 2, 2), Flatten(), Linear(64, 3)
+
+        def forward(self, x):
+            return self.head.forward(x=self.flatten.forward(self.up.forward(x=x)))
+
+        def backward(self, dout):
+            return self.up.backward(dout=self.flatten.backward(dout=self.head.backward(dout=dout)))
+
+    flops = count_flops(a_step(Net()))
+    assert flops["up", "forward"] == 2 * 4 * 3 * 2 * 2 * 4 * 4  # of its input
+    assert flops["head", "forward"] == 2 * 4 * 64 * 3
+    seen = []
+    layer = L.Identity()
+
+    def forward(mask, x):
+        return x
+
+    layer.forward = forward
+    with Calls(lambda place: None) as calls:
+        calls.watch(layer, "forward", ("", "forward"), lambda argument, result: seen.append((argument, result)))
+        layer.forward(x=2, mask=1)
+    assert seen == [(1, 2)]
+
+
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +332,7 @@ def quiet(monkeypatch) -> dict[str, float]:
 
     for name in machine.FORCING_BLAS:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("cnnmpi.profile.__main__.matrix_peak", lambda *arguments: 1e9)
     monkeypatch.setattr(advice_module, "compare", compare)
     monkeypatch.setattr(advice_module, "usable_cores", lambda: 2)
     return seconds
@@ -330,6 +370,28 @@ def test_each_advice_is_given_where_it_is_due(quiet, monkeypatch):
     assert told(step) == []  # nothing larger
 
 
+def test_only_layers_whose_operations_are_known_are_spoken_of(quiet):
+    class Product(Linear):  # computes more than is counted
+        pass
+
+    class Own(L.Layer):
+        def forward(self, x):
+            return self._keep((x @ np.eye(x.shape[1], dtype=x.dtype), ()))
+
+        def backward(self, dout):
+            self._taken(dout)
+            return dout
+
+    class Net(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flatten, self.own, self.relu, self.head = Flatten(), Own(), ReLU(), Product(12, 3)
+
+    step = a_step(Net())
+    assert told(step, own=0.9) == [] and told(step, head=0.9) == []
+    assert len(told(step, relu=0.9)) == 1
+
+
 def test_a_forced_blas_is_named_only_where_other_kernels_run(quiet, monkeypatch):
     step = a_step(small_net(), (4, 3, 8, 8))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]) + os.pathsep + os.environ.get("PYTHONPATH", ""))
@@ -363,10 +425,6 @@ def test_float64_is_named(quiet):
             self.flatten, self.head, self.tail = Flatten(), Linear(12, 3), Doubling()
 
     assert re.match(r"tail Doubling\(\) makes float64 of float32", *told(a_step(Tail())))
-    net.astype(np.float64)
-    images = np.zeros((4, 3, 8, 8))
-    double = Step(net, images, np.arange(4) % 3, cross_entropy_loss, SGD(net.parameters()))
-    assert re.match("the network's arrays are float64", *told(double))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -402,6 +460,14 @@ class Net(Model):
 
     def backward(self, dout):
         return self.body.backward(self.flatten.backward(self.head.backward(dout)))
+
+
+class Numbers(Net):
+    recipe = {"loss": "mse", "batch_size": 12, "shards": 3}
+
+
+class Labels(Net):
+    recipe = {"loss": "binary_cross_entropy", "batch_size": 12, "shards": 3}
 
 
 class Fails(Net):
@@ -470,6 +536,38 @@ def test_the_command_profiles_a_network_of_ones_own_and_writes_a_page(network, t
     assert any(title.startswith("body.body.1 Odd(<script>) backward: ") for title in boxes.titles)
 
 
+@pytest.mark.parametrize("name", ["Numbers", "Labels"])
+def test_targets_are_of_the_kind_that_the_loss_takes(quiet, network, capsys, name):
+    assert main(["--model", f"{network}:{name}", "--shape", "3", "8", "8", "--seconds", "0.01"]) == 0
+    assert "a step of 12 images of 3x8x8" in capsys.readouterr().out
+
+
+def test_winograd_is_named_only_where_it_computes(quiet, network, capsys):
+    small = ["--batch-size", "8", "--shards", "2", "--seconds", "0.01", "--shape", "3", "8", "8"]
+    for arguments, named in (([], True), (["--model", f"{network}:Net"], False), (["--backend", "torch"], False)):
+        if "torch" in arguments:
+            pytest.importorskip("torch")
+        assert main([*small, *arguments]) == 0
+        assert ("Winograd's convolutions exceed that" in capsys.readouterr().out) == named
+
+
+@pytest.mark.parametrize("name", ["net_to_profile.py", "link.py", "data.npz", "gone/page.html", "-", "."])
+def test_a_page_that_cannot_be_written_is_known_before_anything_is_measured(
+    network, tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    Path("link.py").symlink_to("net_to_profile.py")
+    np.savez("data.npz", x=np.zeros((20, 3, 8, 8), np.float32), y=np.arange(20) % 2)
+    before = {path: path.read_bytes() for path in Path().iterdir()}
+    monkeypatch.setattr("cnnmpi.profile.__main__.measure", lambda *arguments: pytest.fail("too late"))
+    assert main(["--model", "net_to_profile.py:Net", "--data", "data.npz", "--out", name]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("converting data.npz") and out.count("\n") == 1
+    assert err.startswith(f"cnnmpi.profile: error: --out {name}: ") and err.count("\n") == 1
+    kept = {path: path.read_bytes() for path in Path().iterdir() if path in before}
+    assert kept == before and not list(Path().glob(".*.tmp"))
+
+
 def test_a_page_with_advice_shows_it_escaped():
     net = small_net()
     net.pool = Sequential(Sequential(), GlobalAvgPool2d())  # a class of which one is a leaf, and one is not
@@ -501,6 +599,9 @@ def test_torch_is_profiled_without_bytes(capsys):
         (["--shape", "3", "0", "32"], "--shape and --classes"),
         (["--classes", "0"], "--shape and --classes"),
         (["--shape", "3", "2", "2"], "--model simplecnn cannot be built"),
+        (["--shape", "3", "2000000", "2000000"], "MiB are free: choose fewer, or smaller ones"),
+        (["--batch-size", "1000000000"], "1000000000 images of 3x32x32 and 10 outputs each take 11,"),
+        (["--classes", "100000000000"], "MiB are free: choose fewer, or smaller ones"),
         (["--data", "nothing.h5"], "nothing.h5"),
         (["--precision", "bfloat16"], "--precision bfloat16 needs --backend torch"),
         (["--model", "FILE:Fails"], "--model FILE:Fails fails in a step: RuntimeError: too bright ("),

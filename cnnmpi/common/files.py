@@ -15,12 +15,15 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a path beside ``path`` for the body to fill; afterwards it replaces ``path``, if the body did not fail.
 
     The order is: the body writes, fsync, rename, fsync the directory. ``keep``, in the same directory, then holds what
-    was at ``path`` before. Whatever fails, ``path`` (after a crash between the two renames: ``keep``) holds a complete
-    file, and no temporary stays behind, unless the process is killed. Raises OSError.
+    was at ``path`` before. Who may read and write is as it was. Whatever fails, ``path`` (after a crash between the two
+    renames: ``keep``) holds a complete file, and no temporary stays behind, unless the process is killed. Raises
+    OSError.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
+        with contextlib.suppress(OSError):  # there was none, or this file system knows no modes
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         sync(temporary)
         if keep and not path.exists():
             keep = None
@@ -36,6 +39,15 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def identity(path: str | Path) -> tuple[int, int] | None:
+    """Return what a file has in common with itself by all its names and links, and with no other; None if not there."""
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def remove_temporaries(path: Path) -> None:

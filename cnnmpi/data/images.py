@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cnnmpi.common.arrays import Array
+from cnnmpi.common.files import open_regular
 from cnnmpi.data.dataset import DataError
 
 Fit = Literal["crop", "pad", "stretch"]
@@ -65,6 +66,20 @@ def read_image(path: str | Path, channels: int = 3, least: int | None = None) ->
     if pixels.size == 0:
         raise DataError(f"{path}: an image without pixels")
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def is_image(path: str | Path) -> bool:
+    """Return whether a file begins as those of an image format do, or is none of which one could know that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with open_regular(Path(path)) as file:
+                Image.open(file).close()
+        except UnidentifiedImageError:
+            return False
+        except Exception:  # such as too many pixels
+            return True
+    return True
 
 
 def fit(image: Array, height: int, width: int, how: Fit = "crop") -> Array:

@@ -18,6 +18,7 @@ HELPED = 1.1
 # A layer dominates with this share of the step: one with matrix products that are slower than SLOW of the peak, or
 # one without any.
 DOMINANT, SLOW, DOMINANT_WITHOUT = 0.25, 0.1, 0.4
+OURS = "cnnmpi."  # whose operations are known
 
 
 def advice(step: Step, profile: Profile, threads: int, peak: float) -> list[str]:
@@ -26,7 +27,9 @@ def advice(step: Step, profile: Profile, threads: int, peak: float) -> list[str]
     ``peak`` is that of ``matrix_peak`` for these ``threads``. Measures what is needed to know, on ``step``.
     """
     found = [*_forced_blas(step), *_doubles(step), *_threads(step, threads), *_small_shards(step)]
-    return found + [line for layer in profile.layers for line in _dominant(layer, profile.seconds, peak)]
+    known = {name for name, layer in step.model.walk() if type(layer).__module__.startswith(OURS)}
+    costs = [cost for cost in profile.layers if cost.name in known]
+    return found + [line for cost in costs for line in _dominant(cost, profile.seconds, peak)]
 
 
 def _forced_blas(step: Step) -> Iterator[str]:
@@ -45,10 +48,7 @@ def _forced_blas(step: Step) -> Iterator[str]:
 
 
 def _doubles(step: Step) -> Iterator[str]:
-    """Look for float64, which takes twice the time and memory: in the arrays, or else in what layers return."""
-    if step.dtype == "float64":
-        yield "the network's arrays are float64, which takes twice the time and memory of float32"
-        return
+    """Look for float64, which takes twice the time and memory, in what layers make of float32."""
     guilty: dict[str, None] = {}
 
     def seen(layer: Layer, direction: str, x: object, y: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.common.arrays import Array
+from cnnmpi.functional import winograd
 from cnnmpi.layers import Layer
 from cnnmpi.models import Model
 from cnnmpi.profile.flops import count_flops
@@ -147,7 +148,7 @@ def timed(
     """
     steps: list[dict[Place, float]] = []
     spent: dict[Place, float] = {}
-    last = 0.0
+    last = whole = 0.0  # where the clock was looked at last; the seconds of all steps so far
 
     def charge(place: Place) -> None:
         nonlocal last
@@ -158,12 +159,13 @@ def timed(
     with Calls(charge) as calls:
         calls.watch_step(step)
         watch_more(calls)
-        while len(steps) < FEWEST or math.fsum(_sum(each) for each in steps) < seconds:
+        while len(steps) < FEWEST or whole < seconds:
             spent = {}
             last = clock()
             step()
             charge(REST)
             steps.append(spent)
+            whole += _sum(spent)
     half = sorted(steps, key=_sum)[: math.ceil(len(steps) / 2)]
     places = dict.fromkeys(place for each in half for place in each)
     return {place: math.fsum(each.get(place, 0.0) for each in half) / len(half) for place in places}, len(steps)
@@ -245,7 +247,16 @@ def _owner(array: Array) -> Array:
     return array
 
 
-# -- one way against another ------------------------------------------------------------------------------------------
+# -- what is done, and one way against another -------------------------------------------------------------------------
+
+
+def uses_winograd(step: Step) -> bool:
+    """Return whether any convolution of ``step`` is computed with fewer multiplications than are counted."""
+    used = []
+    with Calls(lambda place: None) as calls:
+        calls.watch(winograd, "conv2d", REST, lambda x, y: used.append(x))
+        step.first_shard()
+    return bool(used)
 
 
 def compare(step: Step, ways: dict[str, Callable[[], None]], seconds: float = 1.0) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The step that is measured, and who is running in it."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -88,7 +89,7 @@ class Calls:
     def watch(
         self, owner: Any, name: str, place: Place, seen: Callable[[Any, Any], None] = lambda argument, result: None
     ) -> None:
-        """Watch the function ``owner.name`` of an instance or a module; ``seen`` is told what it is given and returns.
+        """Watch the function ``owner.name`` of an instance or a module; ``seen`` is told its first argument and result.
 
         It must be called on one thread at a time.
         """
@@ -101,6 +102,8 @@ class Calls:
                 result = function(*args, **kwargs)
             finally:
                 self.charge(self._running.pop())
+            if kwargs and not args:
+                args = tuple(inspect.signature(function).bind(**kwargs).arguments.values())
             seen(args[0] if args else None, result)
             return result
 

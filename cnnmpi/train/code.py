@@ -98,6 +98,12 @@ def source_file(thing: Any) -> Path | None:
     return Path(file) if file else None
 
 
+def named_files(name: str | None, thing: Any) -> list[Path]:
+    """Return the files of ``thing``, code that was found by ``name``: the one named, and that it was written in."""
+    named, written = (name or "").rpartition(":")[0], source_file(thing)
+    return [*([Path(named)] if named else []), *([written] if written else [])]
+
+
 def source_sha256(thing: Any) -> str:
     """Return the sha256 of the file that ``thing`` was written in, or of its own lines in a notebook; "" if unknown."""
     file = source_file(thing)
