@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -127,6 +128,16 @@ def complain(program: str, text: object) -> None:
     """Print one line of error, as far as that is possible."""
     with contextlib.suppress(OSError):
         print(f"{program}: error: {printable(text)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def told_warnings() -> Iterator[None]:
+    """Print the warnings that are raised within the ``with`` on standard error at its end: a line each, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(printable(warning.message) for warning in caught):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def is_terminal(stream: Any) -> bool:

@@ -64,7 +64,8 @@ class Value:
 class Graph:
     """An ONNX graph in the making, and the operations that add to it.
 
-    ``names`` are those of the arrays that a model holds: {id(array): dotted name}.
+    ``names`` are those of the arrays that a model holds: {id(array): dotted name}. All names that are made here begin
+    with a slash, as no array's name in a checkpoint does.
     """
 
     def __init__(self, names: Mapping[int, str] | None = None) -> None:
@@ -102,20 +103,20 @@ class Graph:
 
     def node(self, op: str, inputs: Sequence[Any], shape: tuple[int, ...], **attributes: Any) -> Value:
         """Add a node; return its output, of this shape for one image. Inputs that are no values become constants."""
-        name = f"{op.lower()}_{len(self.nodes)}"
+        name = f"/{op.lower()}_{len(self.nodes)}"
         taken = [each.name if isinstance(each, Value) else self.constant(each) for each in inputs]
         self.nodes.append(helper.make_node(op, taken, [name], name=name, **attributes))
         return Value(self, name, shape)
 
     def constant(self, array: Any) -> str:
         """Return the name of an initializer with the numbers of ``array``: of the model's own arrays, their name."""
-        name = self.names.get(id(array), f"constant_{len(self.initializers)}")
+        name = self.names.get(id(array), f"/constant_{len(self.initializers)}")
         if name not in self.initializers:
+            numbers = np.ascontiguousarray(array)
+            if numbers.dtype == np.float64 or id(array) in self.names:  # others are float32, or sizes
+                numbers = numbers.astype(np.float32)
             self._kept.append(array)
             self.names[id(array)] = name
-            numbers = np.ascontiguousarray(array)
-            if numbers.dtype == np.float64:
-                numbers = numbers.astype(np.float32)
             self.initializers[name] = numpy_helper.from_array(numbers.reshape(np.shape(array)), name)
         return name
 
@@ -210,9 +211,9 @@ class Graph:
         one, zero = np.ones(num_groups, np.float32), np.zeros(num_groups, np.float32)
         parts = self.node("InstanceNormalization", [parts, one, zero], parts.shape, epsilon=eps)
         y = self.node("Reshape", [parts, np.array([0, *x.shape[1:]])], x.shape)
-        over = (-1, *(1 for _ in x.shape[2:]))
-        scaled = self.node("Mul", [y, gamma.reshape(over)], x.shape)
-        return self.node("Add", [scaled, beta.reshape(over)], x.shape), ()
+        over = (x.shape[1], *(1 for _ in x.shape[2:]))
+        wide = [self.node("Reshape", [array, np.array(over)], over) for array in (gamma, beta)]
+        return y * wide[0] + wide[1], ()
 
     def relu(self, x: Value) -> tuple[Value, Any]:
         """Return max(x, 0)."""
@@ -273,7 +274,7 @@ class Graph:
         sizes = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
         shape = (*x.shape[:2], x.shape[2] * sH, x.shape[3] * sW)
         scales = np.array([1, 1, sH, sW], np.float32)
-        name = f"resize_{len(self.nodes)}"
+        name = f"/resize_{len(self.nodes)}"
         self.nodes.append(helper.make_node("Resize", [x.name, "", self.constant(scales)], [name], name=name, **sizes))
         return Value(self, name, shape), ()
 
@@ -290,7 +291,7 @@ class Graph:
     def split(self, x: Value, sizes: Sequence[int]) -> list[Value]:
         """Cut ``x`` along the channels."""
         check_split("split", x.shape[1], sizes)
-        names = [f"split_{len(self.nodes)}_{index}" for index in range(len(sizes))]
+        names = [f"/split_{len(self.nodes)}_{index}" for index in range(len(sizes))]
         inputs = [x.name, self.constant(np.array(sizes, np.int64))]
         self.nodes.append(helper.make_node("Split", inputs, names, name=names[0], axis=1))
         return [Value(self, name, (x.shape[0], size, *x.shape[2:])) for name, size in zip(names, sizes, strict=True)]

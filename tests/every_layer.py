@@ -39,6 +39,13 @@ def every_layer() -> list[tuple[L.Layer, tuple[int, ...]]]:
         (L.Concat(L.Linear(3, 2), L.Identity(), L.Linear(3, 1)), (2, 3)),
         (L.Sequential(L.Linear(3, 4), L.ReLU(), L.Linear(4, 2)), (2, 3)),
         (L.Residual(L.Sequential(L.Conv2d(2, 2, 3, padding=1), L.ReLU())), (2, 2, 6, 6)),
+        # unequal in height and width, and another eps
+        (L.Conv2d(2, 3, (3, 2), (2, 1), (0, 2), dilation=(1, 2)), (2, 2, 7, 6)),
+        (L.ConvTranspose2d(2, 3, (2, 3), (2, 1), (1, 0), (1, 0)), (2, 2, 4, 3)),
+        (L.MaxPool2d((2, 3), stride=(2, 1), padding=(0, 1)), (2, 2, 6, 5)),
+        (L.AvgPool2d((3, 2), stride=(1, 2), padding=(1, 0)), (2, 2, 5, 6)),
+        (L.BatchNorm(2, eps=0.1), (3, 2, 4, 4)),
+        (L.GroupNorm(3, 6, eps=0.1), (2, 6, 3, 4)),
     ]
 
 

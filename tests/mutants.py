@@ -65,7 +65,7 @@ def outcome(tests: tuple[str, ...], ranks: int, mutant: Mutant | None = None) ->
     """Return pytest's exit code for ``tests`` in a copy of the project with the mutant in it, and what it printed."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
-        for part in ("cnnmpi", "tests"):
+        for part in ("benchmarks", "cnnmpi", "docs", "tests"):
             shutil.copytree(ROOT / part, folder / part)
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant:

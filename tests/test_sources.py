@@ -821,6 +821,16 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path):
     assert out.read_bytes() == before and list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.fault
+def test_no_source_is_written_over(tmp_path, capsys):
+    path = npz(tmp_path / "a.npz", x=images_of(20), y=np.arange(20) % 2)
+    (tmp_path / "link.h5").symlink_to(path)
+    before = path.read_bytes()
+    for arguments in (["arrays", tmp_path / "link.h5", "--out", path], ["show", path, "--sheet", path]):
+        assert "is to be read: name another file" in complaint(arguments, capsys)
+        assert path.read_bytes() == before
+
+
 # -- looking into data files -------------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,8 @@ def test_the_progress_of_a_run_of_version_0_1_comes_back(tmp_path: Path) -> None
         ({"config": '{"a": 1' + "0" * 5000 + "}"}, "config cannot be used"),
         ({"config": '{"lr": Infinity}'}, "Infinity is no number"),
         ({"config": '{"lr": 1e999}'}, "1e999 is no number"),
+        ({"config": '{"lr": 1' + "0" * 400 + "}"}, "is no number"),
+        ({"epoch_sums": '{"loss": [1' + "0" * 400 + ", 1]}"}, "is no number"),
         ({"config": "null"}, "no JSON object"),
         ({"config": 3}, "it is no text"),
         ({"step": -1}, "step is -1"),

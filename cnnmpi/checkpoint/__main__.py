@@ -19,7 +19,7 @@ import tyro
 from cnnmpi.checkpoint.atomic import CheckpointError
 from cnnmpi.checkpoint.format import load, weights_digest
 from cnnmpi.common.arrays import Array
-from cnnmpi.console import command, complain, printable, table
+from cnnmpi.console import command, complain, printable, table, told_warnings
 from cnnmpi.distributed import UserError
 from cnnmpi.train.setup import load_trained
 from cnnmpi.train.weights import import_weights
@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(wanted: Show | Verify | Diff | Import) -> int:
     """Do what is ``wanted``; return the exit code."""
     if isinstance(wanted, Import):
-        digest = import_weights(wanted.file, wanted.out, wanted.model, wanted.like)
+        with told_warnings():
+            digest = import_weights(wanted.file, wanted.out, wanted.model, wanted.like)
         print(printable(f"{wanted.out}: weights_sha256={digest}"))
         return 0
     if isinstance(wanted, Diff):

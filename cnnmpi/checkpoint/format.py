@@ -19,6 +19,7 @@ import numpy as np
 from cnnmpi.checkpoint.atomic import CheckpointError, write_atomically
 from cnnmpi.common import hdf5
 from cnnmpi.common.arrays import Array
+from cnnmpi.common.files import open_regular
 
 Attribute = str | int | float | bool | list[str] | list[float]
 
@@ -68,7 +69,7 @@ def load(path: str | Path) -> tuple[dict[str, Array], dict[str, Any]]:
     anything but attributes, groups and contiguous arrays of numbers.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open_regular(Path(path)) as file:
             blob = file.read(BLOCK)
             check_title(path, blob)  # before the rest is read, which may be of any size
             blob += file.read()

@@ -17,7 +17,7 @@ def printable(text: object) -> str:
 
 
 def read_json(text: Any) -> dict[str, Any]:
-    """Return the JSON object in ``text``. Raises ValueError for anything else, and for NaN and infinite numbers."""
+    """Return the JSON object in ``text``. Raises ValueError for anything else, and for numbers that no float can be."""
 
     def refuse(name: str) -> Any:
         raise ValueError(f"{name:.40} is no number in JSON")
@@ -26,10 +26,14 @@ def read_json(text: Any) -> dict[str, Any]:
         value = float(digits)
         return value if math.isfinite(value) else refuse(digits)
 
+    def whole(digits: str) -> int:
+        number(digits)  # that no float can hold: it would be an error wherever one is made of it
+        return int(digits)
+
     if not isinstance(text, str):
         raise ValueError("it is no text")
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=number)
+        value = json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):

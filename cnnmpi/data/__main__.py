@@ -10,6 +10,7 @@ python -m cnnmpi.data verify data/*.h5
 """
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -146,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if isinstance(wanted, Verify):
             return verify_all(wanted.files)
+        check_output(wanted)
         if isinstance(wanted, Show):
             show(wanted)
         else:
@@ -154,6 +156,14 @@ def main(argv: list[str] | None = None) -> int:
         complain(PROGRAM, error)
         return 2
     return 0
+
+
+def check_output(wanted: Conversion | Show) -> None:
+    """Raise DataError where what is to be written would replace a file that is named to be read."""
+    paths = {name: os.path.realpath(value) for name, value in vars(wanted).items() if isinstance(value, Path)}
+    for name in paths.keys() & {"out", "sheet"}:
+        if list(paths.values()).count(paths[name]) > 1:
+            raise DataError(f"--{name} {getattr(wanted, name)}: is to be read: name another file")
 
 
 def convert(wanted: Conversion) -> str:

@@ -112,9 +112,14 @@ class Model(Layer):
         return self
 
     def as_array(self, a: np.ndarray[Any, Any]) -> Array:
-        """Return the NumPy array ``a`` as an array of the engine and on the device that this model computes with."""
-        arrays = (array for _, layer in self.walk() for array in (layer.params | layer.buffers).values())
-        return self.F.as_array(a, like=next(arrays, None))
+        """Return the NumPy array ``a`` as one of the engine and on the device that this model computes with.
+
+        Where the model computes in float64, float32 becomes that.
+        """
+        arrays = [array for _, layer in self.walk() for array in (layer.params | layer.buffers).values()]
+        if a.dtype == np.float32 and any(str(array.dtype).endswith("float64") for array in arrays):
+            a = a.astype(np.float64)
+        return self.F.as_array(a, like=next(iter(arrays), None))
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,6 @@ import hashlib
 import inspect
 import json
 import math
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 
 import cnnmpi
 from cnnmpi import checkpoint, optim
-from cnnmpi.console import printable
+from cnnmpi.console import printable, told_warnings
 from cnnmpi.data import Dataset
 from cnnmpi.distributed import DeviceReducer, ExactReducer, Ranks, Reducer, UserError
 from cnnmpi.machine import blas_kernels, keep_freed_memory
@@ -242,12 +240,8 @@ def load_trained(path: Path, name: str | None) -> Model:
     A source that has changed since is named in a line on standard error.
     """
     network = Code().find("model", name) if name else None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = load_checkpoint(path, network)
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    return model
+    with told_warnings():
+        return load_checkpoint(path, network)
 
 
 def make_team(config: Config, model: Model, ranks: Ranks, shards: int) -> Team:

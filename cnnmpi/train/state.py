@@ -194,7 +194,7 @@ def model_of(
         )
     network = MODELS[name] if model is None else model
     called = getattr(network, "__qualname__", name)
-    info = _info(path, name, attributes, free=model is not None)
+    info = _info(path, name, attributes, free=network not in MODELS.values())
     if model is not None:
         saved, now = _sources(path, attributes).get("model", ""), source_sha256(network)
         if saved and now and saved != now:
