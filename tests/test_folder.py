@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cnnmpi.distributed import Ranks, UserError
-from cnnmpi.train.folder import BOARD, WRITTEN, RunFolder
+from cnnmpi.train.folder import BOARD, KEPT, WRITTEN, RunFolder, kept_name
 
 pytestmark = pytest.mark.mpi_skip
-FILES = [f"{name}/events" if name == BOARD else name for name in WRITTEN]
+FILES = [f"{name}/file" if name in (BOARD, KEPT) else name for name in WRITTEN]
 
 
 def begin(path: Path, config: str = "lr = 0.5\n", fresh: bool = True) -> list[str]:
@@ -26,7 +27,8 @@ def begin(path: Path, config: str = "lr = 0.5\n", fresh: bool = True) -> list[st
 
 
 def write_run(path: Path, text: str = "old") -> None:
-    (path / BOARD).mkdir()
+    for name in (BOARD, KEPT):
+        (path / name).mkdir()
     for name in FILES:
         (path / name).write_text(f"{text} {name}")
 
@@ -155,3 +157,29 @@ def test_a_mounted_volume_below_a_folder_that_cannot_be_written(tmp_path, monkey
     if result.returncode == 99 or "unshare" in result.stderr:
         pytest.skip("only root may mount here")
     assert result.returncode == 0 and "was moved to" in result.stdout, result.stderr
+
+
+@pytest.mark.fault
+def test_a_checkpoint_that_cannot_be_kept_costs_no_earlier_one(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path, Ranks())
+
+    def content() -> tuple[dict, dict]:
+        return {"model/w": np.zeros(3, np.float32)}, {"step": 1}
+
+    for epoch in (1, 2):
+        folder.keep(kept_name(epoch), content, 2)
+
+    def full(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", full)
+        with pytest.raises(UserError, match="No space left"):
+            folder.keep(kept_name(3), content, 2)
+    assert [path.name for path in sorted((tmp_path / "kept").iterdir())] == ["epoch-0001.h5", "epoch-0002.h5"]
+    (tmp_path / "kept" / "epoch-notes.h5.txt").write_text("mine")
+    for epoch in (9999, 10000):  # by number, not by name
+        folder.keep(kept_name(epoch), content, 2)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "epoch-10000.h5", "epoch-9999.h5", "epoch-notes.h5.txt"
+    ]  # fmt: skip

@@ -437,6 +437,30 @@ def saves(bench: Bench, field: str, value: Any) -> None:
     assert seen(0) == [0, 0, 0, 3, 3, 3]
 
 
+def keeps(bench: Bench, field: str, value: Any) -> None:
+    def there(**options: int) -> list[str]:
+        out = bench.folder / "-".join(map(str, options.values()))
+        assert bench.trainer(epochs=4, out=out, **options).run() == 0
+        kept = sorted((out / "kept").glob("*"))
+        steps = [checkpoint.load(path)[1]["step"] for path in kept]
+        assert [f"epoch-{step // 2:04}.h5" for step in steps] == [path.name for path in kept]  # two steps an epoch
+        return [path.stem for path in kept]
+
+    every = there(keep_every=1)
+    assert every == ["epoch-0001", "epoch-0002", "epoch-0003", "epoch-0004"] and there(keep_every=0) == []
+    assert there(keep_every=3) == ["epoch-0003"] and there(keep_every=1, keep_last=2) == every[2:]
+
+
+def enters(bench: Bench, field: str, value: Any) -> None:
+    def steps(every: int) -> list[int]:
+        trainer = bench.trainer(ledger_every=every, batch_size=16, out=bench.folder / str(every))
+        assert trainer.run() == 0
+        path = trainer.out / "ledger.jsonl"
+        return [json.loads(line).get("step") for line in path.read_text().splitlines()] if path.exists() else []
+
+    assert steps(value) == [None, 0, 2, 3, 4, 6] and steps(0) == []  # an epoch has three
+
+
 def writes_down(bench: Bench, field: str, value: Any) -> None:
     def seen(every: int) -> list[int]:
         trainer = bench.trainer(log_every=every, batch_size=16, out=bench.folder / str(every))
@@ -649,6 +673,9 @@ ROWS: dict[str, list[tuple[Any, Check]]] = {
     "out": [(Path("there"), receives_the_files)],
     "resume": [("auto", goes_on)],
     "checkpoint_every": [(2, saves)],
+    "keep_every": [(1, keeps)],
+    "keep_last": [(2, keeps)],
+    "ledger_every": [(2, enters)],
     "log_every": [(2, writes_down)],
     "tensorboard": [(True, leaves_events)],
     "report": [(False, leaves_a_page)],

@@ -112,6 +112,10 @@ class Execution:
     """Continue a run: auto takes the newest checkpoint in the folder of the run; or name a file."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes one at the end of each epoch only."""
+    keep_every: int = 0
+    """Epochs between checkpoints that are kept, as kept/epoch-0005.h5; 0 keeps none but last, previous and best."""
+    keep_last: int = 0
+    """How many of those are kept, the newest; 0 keeps all."""
     log_every: int = 10
     """Steps between lines in steps.jsonl and points in TensorBoard; 0 writes of epochs only."""
     ledger_every: int = 10
@@ -236,7 +240,8 @@ def check_ranges(config: Config) -> None:
     lowest: dict[str, float] = {
         "epochs": 1, "max_steps": 0, "batch_size": 1, "shards": 1, "lr": 0, "momentum": 0, "weight_decay": 0,
         "warmup": 0, "label_smoothing": 0, "clip": 0, "validation": 0, "seed": 0, "threads": 0, "checkpoint_every": 0,
-        "log_every": 0, "ledger_every": 0, "agree_every": 0, "hang_warning": 0, "hang_limit": 0,
+        "keep_every": 0, "keep_last": 0, "log_every": 0, "ledger_every": 0, "agree_every": 0,
+        "hang_warning": 0, "hang_limit": 0,
     }  # fmt: skip
     for name, low in lowest.items():
         value = getattr(config, name)

@@ -22,9 +22,10 @@ from cnnmpi.train.ledger import LEDGER
 from cnnmpi.train.state import Arrays, SavedRun, read_saved_run
 
 LAST, PREVIOUS, BEST = "last.h5", "previous.h5", "best.h5"
+KEPT = "kept"  # the folder of numbered checkpoints
 # What a run writes, in the order in which it is moved aside. A move that is cut short leaves --resume the earlier run,
 # as it was, or nothing: never an older checkpoint of it. Where config.toml has come, the move was completed.
-WRITTEN = (PREVIOUS, LAST, BEST, METRICS, STEPS, STARTS, LEDGER, PAGE, BOARD, CONFIG)
+WRITTEN = (PREVIOUS, LAST, BEST, KEPT, METRICS, STEPS, STARTS, LEDGER, PAGE, BOARD, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,25 @@ class RunFolder:
 
         self.ranks.on_rank0(write)
 
+    def keep(self, name: str, content: Callable[[], tuple[Arrays, dict[str, Any]]], most: int) -> None:
+        """Write the numbered checkpoint ``name``, then remove all but the ``most`` newest ones, unless that is 0.
+
+        At no moment there are fewer than were promised.
+        """
+
+        def prepare() -> None:
+            with as_user_errors():
+                (self.path / KEPT).mkdir(exist_ok=True)
+
+        def thin_out() -> None:
+            numbered = sorted((self.path / KEPT).glob("epoch-*.h5"), key=lambda path: (len(path.name), path.name))
+            for path in numbered[:-most] if most else ():
+                path.unlink(missing_ok=True)
+
+        self.ranks.on_rank0(prepare)
+        self.save(name, content)
+        self.ranks.on_rank0(thin_out)
+
     def close(self) -> None:
         """Let other jobs have the folder."""
         if self._lock:
@@ -101,7 +121,7 @@ class RunFolder:
     def _move_aside(self, config: bytes, tell: Callable[[str], None]) -> None:
         """Move what another run wrote into the folder old-1, or the next number; a ``config`` like ours may stay."""
         paths = map(self.path.joinpath, WRITTEN)
-        there = [path for path in paths if (path.is_dir() if path.name == BOARD else path.is_file())]
+        there = [path for path in paths if (path.is_dir() if path.name in (BOARD, KEPT) else path.is_file())]
         if not there or (there == [self.path / CONFIG] and there[0].read_bytes() == config):
             return
         names = {path.name for path in there}
@@ -120,6 +140,11 @@ class RunFolder:
             sync_directory(aside)
             sync_directory(self.path)
         tell(f"the earlier run in {self.path} was moved to {aside}")
+
+
+def kept_name(epoch: int) -> str:
+    """Return the name, in the folder of a run, of the checkpoint that is kept of an epoch."""
+    return f"{KEPT}/epoch-{epoch:04}.h5"
 
 
 def find_checkpoint(resume: str, folder: Path, tell: Callable[[str], None]) -> Saved | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.common.arrays import Array
-from cnnmpi.data import Dataset
+from cnnmpi.data import DataLoader, Dataset
 from cnnmpi.distributed import Ranks
 from cnnmpi.machine import blas_kernels, processor
 from cnnmpi.report import confusion_pixels, grid
@@ -20,6 +20,7 @@ from cnnmpi.train.records import Records
 from cnnmpi.train.state import version_of
 from cnnmpi.train.terminal import Terminal
 
+SAMPLES, SAMPLED_PIXELS = 64, 1 << 21  # training images that TensorBoard is shown, and all their pixels at most
 LARGEST_MATRIX = 200  # classes up to which TensorBoard is shown the confusion matrix
 
 
@@ -41,16 +42,13 @@ class Reporter:
         for line in text.splitlines():
             self.terminal.line(line)
 
-    def begin(self, step: int, steps: int, ranks: Ranks, threads: int, samples: Array | None = None) -> None:
-        """Say that the run begins, or goes on, at ``step`` of all ``steps``.
-
-        ``samples`` (N, C, H, W), float32 in 0..1, are training images as the network gets them.
-        """
+    def begin(self, step: int, steps: int, ranks: Ranks, threads: int, loader: DataLoader, shard: int) -> None:
+        """Say that the run begins, or goes on, at ``step`` of all ``steps``; ``shard`` is one of this rank's."""
         if self.silent:
             return
         self.records.start(circumstances(step, ranks, threads))
-        if self.board and samples is not None:
-            self.board.image("train/images", grid(samples), step)
+        if self.board and step == 0:
+            self.board.image("train/images", grid(sample_images(loader, shard)), step)
         self.terminal.begin(step, steps)
 
     def step(self, line: Mapping[str, Any], steps: int, epochs: int, images: int) -> None:
@@ -85,6 +83,15 @@ class Reporter:
     def close(self) -> None:
         """Take the progress down."""
         self.terminal.close()
+
+
+def sample_images(loader: DataLoader, shard: int) -> Array:
+    """Return the first images of a shard (N, C, H, W) as the network gets them, augmented, float32 in 0..1."""
+    images, _ = loader.batch(0, shard)
+    images = images[: max(1, min(SAMPLES, SAMPLED_PIXELS // images[0, 0].size))]
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (loader.mean, loader.std))
+    pixels: Array = np.clip(images * std + mean, 0, 1)
+    return pixels
 
 
 def circumstances(step: int, ranks: Ranks, threads: int) -> dict[str, Any]:

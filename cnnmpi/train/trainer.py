@@ -23,7 +23,7 @@ from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.train.closing import time_table, what_now, write_report
 from cnnmpi.train.config import Config, experiment, to_plain
 from cnnmpi.train.evaluation import Evaluation, Stopped, evaluate
-from cnnmpi.train.folder import BEST, LAST, RunFolder
+from cnnmpi.train.folder import BEST, LAST, RunFolder, kept_name
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Part
 from cnnmpi.train.ledger import Ledger, digests_of
@@ -32,12 +32,11 @@ from cnnmpi.train.phases import COMPUTE, EVALUATE, LOAD, REDUCE, SAVE, UPDATE, P
 from cnnmpi.train.reporter import Reporter
 from cnnmpi.train.scaling import LossScale
 from cnnmpi.train.signals import StopSignals
-from cnnmpi.train.state import pack
+from cnnmpi.train.state import Arrays, pack
 from cnnmpi.train.team import Team
 from cnnmpi.train.watchdog import Watchdog
 
 STOPPED = 75  # exit code of a run that was asked to stop and saved (EX_TEMPFAIL of sysexits.h: try again later)
-MOST_SAMPLES, SAMPLED_PIXELS = 64, 1 << 21  # training images that TensorBoard is shown, and of them all the pixels
 MOST_SKIPPED = 20  # steps in a row that --on-nan skip leaves out before it gives up
 
 
@@ -219,7 +218,7 @@ class Trainer:
         first, *notes = self.greeting
         for line in (f"{first}; step {self.step} of {self.last_step}", *notes):
             self.report.line(line)
-        self.report.begin(self.step, self.last_step, self.ranks, self.team.threads, self._samples())
+        self.report.begin(self.step, self.last_step, self.ranks, self.team.threads, self.loader, self.shards[0])
         newest: Evaluation | None = None
         started, done_before = time.perf_counter(), self.epoch_sums[1]
         while True:
@@ -255,16 +254,6 @@ class Trainer:
         self.report.line(f"stopped at step {self.step} of {self.last_step}: saved {self.out / LAST}", important=True)
         self.report.line(f"to go on: {self.how_to_resume}", important=True)
         return STOPPED
-
-    def _samples(self) -> Array | None:
-        """Return this rank's first training images (N, C, H, W) as the network gets them, in 0..1, for TensorBoard."""
-        if self.report.board is None or self.step:
-            return None
-        images = self.loader.batch(0, self.shards[0])[0]
-        images = images[: max(1, min(MOST_SAMPLES, SAMPLED_PIXELS // images[0, 0].size))]
-        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.loader.mean, self.loader.std))
-        pixels: Array = np.clip(images * std + mean, 0, 1)
-        return pixels
 
     def _record_step(self, epoch: int, index: int, loss: float) -> None:
         """Show and write down the step just done, the one of this ``index`` in its ``epoch``."""
@@ -322,9 +311,9 @@ class Trainer:
         """Evaluate, save and report after the last step of an epoch, or of the run."""
         samples = float(self.epoch_sums[1])
         complete = self.step % self.steps_per_epoch == 0
-        newest = self._evaluate(self.judge)
+        newest, epoch = self._evaluate(self.judge), math.ceil(self.step / self.steps_per_epoch)
         metrics = {
-            "epoch": math.ceil(self.step / self.steps_per_epoch),
+            "epoch": epoch,
             "step": self.step,
             **{f"train_{name}": value for name, value in self.measures.means(self.epoch_sums).items()},
             **{f"{self.judge.name}_{name}": value for name, value in {"loss": newest.loss, **newest.metrics}.items()},
@@ -346,6 +335,8 @@ class Trainer:
             self._save(BEST)
         if complete:
             self.epoch_sums[:] = 0
+            if self.config.keep_every and epoch % self.config.keep_every == 0:
+                self._keep(epoch)  # before the other: a resume from that would not write this one
         self._save(LAST)
         return newest
 
@@ -362,13 +353,25 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         """Write the checkpoint ``name``, if all ranks agree on what to write."""
+        self._write(name, lambda: self.folder.save(name, self._content))
+
+    def _keep(self, epoch: int) -> None:
+        """Write the checkpoint that is kept of ``epoch``."""
+        name = kept_name(epoch)
+        self._write(name, lambda: self.folder.keep(name, self._content, self.config.keep_last))
+
+    def _write(self, name: str, write: Callable[[], None]) -> None:
         with self.phases(SAVE):
             self._agree()
             self.watchdog.note(f"saving {name}", slow=True)
-            self.folder.save(name, lambda: (pack(self.model, self.optimizer), self.describe()))
+            write()
         self.unsaved = False
-        self.saved[name] = self.saved.get(name, 0) + 1
+        kind = name.partition("/")[0]
+        self.saved[kind] = self.saved.get(kind, 0) + 1
         self.hooks.call("on_save", self, self.out / name)
+
+    def _content(self) -> tuple[Arrays, dict[str, Any]]:
+        return pack(self.model, self.optimizer), self.describe()
 
     def describe(self) -> dict[str, Any]:
         """Return the attributes of a checkpoint of this run, as it is now."""
