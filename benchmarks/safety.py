@@ -75,7 +75,7 @@ def main() -> int:
             "agree": trainer._agree,
             "look": watchdog._observe,
             "lines": write_down,
-            "entry": lambda: trainer._enter(0.5),
+            "entry": lambda: trainer.ledger.enter(trainer.entry(0.5)),
         }
         times: dict[str, list[float]] = {name: [] for name in parts}
         for _ in range(args.steps):

@@ -130,10 +130,10 @@ def test_what_changed_between_two_starts_is_an_entry_of_its_own(tmp_path):
     shaping = {"kernels": "openblas SkylakeX", "versions": {"numpy": "2.4.6"}}
     first = Ledger(tmp_path, 2, 10, told.append)
     first.begin(shaping)
-    first.enter(2, 0.5, {"weights": "a"})
+    first.enter({"step": 2, "weights": "a"})
     second = Ledger(tmp_path, 2, 10, told.append)
     second.go_on(2, first.head, shaping | {"kernels": "openblas Haswell"})
-    second.enter(4, 0.25, {"weights": "b"})
+    second.enter({"step": 4, "weights": "b"})
     says = [entry.says for entry in entries(tmp_path / "ledger.jsonl")]
     assert says[2]["changed"] == 2 and says[2]["kernels"] == "openblas Haswell" and "versions" not in says[2]
     assert told == ["note: kernels changed since the run began: ledger.jsonl says so from here on"]
@@ -150,9 +150,9 @@ def test_a_ledger_on_a_full_disk_has_no_gap(tmp_path):
     path, kept = tmp_path / "ledger.jsonl", ledger(tmp_path)
     path.unlink()
     path.symlink_to("/dev/full")
-    book.enter(1, 0.5, {})
+    book.enter({"step": 1})
     path.unlink()
     path.write_bytes(kept)
-    book.enter(2, 0.5, {})
+    book.enter({"step": 2})
     assert len(told) == 1 and "No space left on device; a resume writes what is missing" in told[0]
     assert len([*entries(path)]) == 1

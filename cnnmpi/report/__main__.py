@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -17,11 +17,10 @@ from cnnmpi.console import command, complain, printable
 from cnnmpi.distributed import UserError
 from cnnmpi.report import Run, one_run, read_run, several_runs
 from cnnmpi.train.closing import PAGE, as_judged, first_filters
-from cnnmpi.train.judging import judge
+from cnnmpi.train.judging import data_of, judge
 from cnnmpi.train.setup import load_trained
 
 PROGRAM = "cnnmpi.report"
-CIFAR10 = Path("data/cifar10.h5")  # what auto and cifar10 mean, where it is there: a report downloads nothing
 
 
 @command
@@ -93,7 +92,7 @@ def _judge(run: Run, data: str | None, model: str | None, threads: int) -> None:
         if data == "none":
             run.notes.append("the model was not asked about the test images (--data none)")
             return
-        where = data if data is not None else _data_of(run.settings.get("data"))
+        where = data if data is not None else data_of(run.settings.get("data"))
         judgement = judge(run.checkpoint, lambda text: None, data=where, model=model, threads=threads)
     except (CheckpointError, UserError) as error:
         run.notes.append(f"the model was not asked about the test images: {error}")
@@ -101,16 +100,6 @@ def _judge(run: Run, data: str | None, model: str | None, threads: int) -> None:
     run.judged = as_judged(judgement.evaluation, judgement.part)
     if judgement.sha256 != run.attributes.get("data_sha256"):
         run.notes.append(f"the test images are of other data than the run's: {judgement.dataset.source}")
-
-
-def _data_of(setting: Any) -> str:
-    """Return the data of a run, if they are still where its settings say. Raises UserError."""
-    if setting == "synthetic":
-        return "synthetic"
-    path = CIFAR10 if setting in ("auto", "cifar10") else Path(str(setting))
-    if not path.exists():
-        raise UserError(f"its data ({setting}) are not here: name them by --data")
-    return str(path)
 
 
 if __name__ == "__main__":

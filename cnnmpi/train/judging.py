@@ -17,6 +17,8 @@ from cnnmpi.train.inputs import Part, Tell, open_data, parts_of
 from cnnmpi.train.measures import find_losses, make_measures, with_loss
 from cnnmpi.train.setup import load_trained, to_engine
 
+CIFAR10 = Path("data/cifar10.h5")  # what auto and cifar10 mean, where it is there: nothing is downloaded to look back
+
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
@@ -83,6 +85,16 @@ def judge(
     except ValueError as error:
         raise UserError(str(error)) from None
     return Judgement(trained, dataset, found.sha256, part, result)
+
+
+def data_of(setting: Any) -> str:
+    """Return the data of a run, if they are still where its settings say. Raises UserError."""
+    if setting == "synthetic":
+        return "synthetic"
+    path = CIFAR10 if setting in ("auto", "cifar10") else Path(str(setting))
+    if not path.exists():
+        raise UserError(f"its data ({setting}) are not here: name them by --data")
+    return str(path)
 
 
 def config_of(checkpoint: Path, attributes: dict[str, Any]) -> Config:

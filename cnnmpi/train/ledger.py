@@ -19,6 +19,7 @@ from cnnmpi.common.lines import Line, each_line, to_line
 
 LEDGER = "ledger.jsonl"
 VERSION = 1
+SKIPPED = "skipped"  # in the place of a loss
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,10 @@ class Ledger:
             self.head = ""
             self._add({"ledger": VERSION, "every": self.every, "begins": step, **shaping})
 
-    def enter(self, step: int, loss: float | None, digests: Mapping[str, str]) -> None:
-        """Write the entry of ``step``: the exact bits of its mean loss, and digests of what the run holds after it."""
+    def enter(self, says: Line) -> None:
+        """Write the entry of a step: ``Trainer.entry``."""
         if self.every:
-            bits = {} if loss is None else {"loss": loss.hex() if math.isfinite(loss) else "skipped"}
-            self._add({"step": step, **bits, **digests})
+            self._add(says)
 
     def go_on(self, step: int, head: str, shaping: Line) -> None:
         """Keep the entries up to ``step``, which end in the one whose hash is ``head``: the others will come again.
@@ -130,6 +130,11 @@ class Ledger:
         except OSError as error:
             self._failed = True  # a chain with a gap would prove nothing
             self.tell(f"warning: {self.path} cannot be written: {error.strerror}; a resume writes what is missing")
+
+
+def exact(loss: float | None) -> dict[str, str]:
+    """Return the bits of a mean loss as an entry has them; "skipped" where --on-nan left the step out."""
+    return {} if loss is None else {"loss": loss.hex() if math.isfinite(loss) else SKIPPED}
 
 
 def digests_of(params: Array, buffers: Array, state: Mapping[str, list[Array]], steps: int) -> dict[str, str]:

@@ -26,7 +26,7 @@ from cnnmpi.train.evaluation import Evaluation, Stopped, evaluate
 from cnnmpi.train.folder import BEST, LAST, RunFolder, kept_name
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Part
-from cnnmpi.train.ledger import Ledger, digests_of
+from cnnmpi.train.ledger import Ledger, digests_of, exact
 from cnnmpi.train.measures import Loss, Measures
 from cnnmpi.train.phases import COMPUTE, EVALUATE, LOAD, REDUCE, SAVE, UPDATE, Phases
 from cnnmpi.train.reporter import Reporter
@@ -213,7 +213,7 @@ class Trainer:
     def _run(self) -> int:
         if self.unsaved:
             self.ledger.begin(self.shaping, self.step)
-            self._enter(None)
+            self.ledger.enter(self.entry())
             self._save(LAST)  # a full disk is better found now than after an epoch
         first, *notes = self.greeting
         for line in (f"{first}; step {self.step} of {self.last_step}", *notes):
@@ -235,7 +235,7 @@ class Trainer:
             self._record_step(epoch + 1, index, loss)
             self.hooks.call("on_step", self, loss)
             if self.ledger.wants(self.step):
-                self._enter(loss)
+                self.ledger.enter(self.entry(loss))
             if self.stopping and self.step < self.last_step:
                 raise Stopped
             if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
@@ -263,13 +263,13 @@ class Trainer:
         images = min(self.loader.batch_size, len(self.parts["train"].labels) - first)
         self.report.step(line, self.last_step, math.ceil(self.last_step / self.steps_per_epoch), images)
 
-    def _enter(self, loss: float | None) -> None:
-        """Write into the ledger what this run holds after the step just done, whose mean ``loss`` this was."""
+    def entry(self, loss: float | None = None) -> dict[str, Any]:
+        """Return what the ledger says of the step just done, whose mean ``loss`` this was: see ledger.py."""
         to_numpy, optimizer = self.F.to_numpy, self.optimizer
         state = {slot: [to_numpy(array) for array in arrays] for slot, arrays in optimizer.state.items()}
         digests = digests_of(to_numpy(self.flat.params), to_numpy(self.flat.buffers), state, optimizer.steps)
         scale = {"loss_scale": str(self.scale.factor)} if self.scale.moves else {}
-        self.ledger.enter(self.step, loss, digests | scale)
+        return {"step": self.step, **exact(loss), **digests, **scale}
 
     def _close(self, test: Evaluation) -> None:
         """Say where the time went, and write the report; what hinders that is a warning: the run is done, and saved."""
