@@ -1,0 +1,124 @@
+"""Studies: means and their spread over seeds, runs that are resumed, and settings that are compared."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnmpi.study import Outcome, Spread, main, student, told
+from tests.jobs import HANGS_S, command, needs_mpirun, run, wait_until
+
+pytestmark = pytest.mark.mpi_skip
+
+
+def arguments(data: Path, *more: str) -> list[str]:
+    """What a study hands on: a small run of a second."""
+    words = command(1, data, Path("nowhere"), *more)[3:]
+    at = words.index("--out")
+    return words[:at] + words[at + 2 :]
+
+
+@pytest.mark.parametrize(
+    "df, t", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (30, 2.0423), (100, 1.9840), (10_000, 1.9602)]
+)
+def test_students_t_is_that_of_the_tables(df, t):
+    assert student(df) == pytest.approx(t, abs=1e-4)
+
+
+def test_the_interval_holds_the_mean_as_often_as_it_says():
+    draw, held = np.random.default_rng(0), 0
+    for sample in draw.normal(3.0, 2.0, (2000, 5)):
+        spread = Spread.of(sample.tolist())
+        held += abs(spread.mean - 3.0) <= spread.half
+        assert spread.deviation == pytest.approx(sample.std(ddof=1))
+    assert 0.93 < held / 2000 < 0.97  # three standard errors of 0.95 are 0.015
+    assert math.isnan(Spread.of([1.0]).half) and str(Spread.of([0.5])) == "0.5000 (one run tells no spread)"
+
+
+def test_a_table_and_the_paired_difference():
+    def outcomes(values):
+        return [Outcome(seed, "test_acc", value, 1.5, "f" * 64, "e" * 64) for seed, value in enumerate(values)]
+
+    text = told(["--lr", "0.1"], ["--lr", "0.2"], [outcomes([0.70, 0.72, 0.74]), outcomes([0.71, 0.735, 0.755])])
+    assert "### `--lr 0.1`" in text and "### `--lr 0.1 --lr 0.2`" in text
+    assert "| 1 | 0.7200 | 1.5 | ffffffffffffffff | eeeeeeeeeeeeeeee |" in text
+    assert "test_acc: mean 0.7200, standard deviation 0.0200, 95 % interval 0.6703 to 0.7697, n = 3." in text
+    assert "second less first: mean 0.0133" in text and "the interval leaves out 0." in text
+    level = told([], ["--lr", "0.2"], [outcomes([0.70, 0.72]), outcomes([0.71, 0.71])])
+    assert "### the default settings" in level and "the interval holds 0: no difference is shown." in level
+
+
+@needs_mpirun
+def test_a_study_trains_each_seed_once(data, tmp_path, capsys):
+    out = tmp_path / "study"
+    words = ["--runs", "2", "--out", str(out), "--ranks", "2", "--against=--lr 0.001", "--", *arguments(data)]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed == (out / "study.md").read_text() and printed.count("### ") == 2
+    content = json.loads((out / "study.json").read_text())
+    assert [[each["seed"] for each in runs] for runs in content["runs"]] == [[0, 1], [0, 1]]
+    digests = [each["weights"] for runs in content["runs"] for each in runs]
+    assert len(set(digests)) == 4 and all(len(each["ledger"]) == 64 for runs in content["runs"] for each in runs)
+    alone = run(*command(1, data, tmp_path / "alone", "--seed", "1"))
+    assert f"weights_sha256={digests[1]}" in alone.stdout
+    logs = {path: path.stat().st_mtime_ns for path in out.rglob("*.log")}
+    assert main(words) == 0 and capsys.readouterr().out == printed
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.log")} == logs, "nothing was trained again"
+    assert main(["--runs", "3", "--jobs", "2", *words[2:]]) == 0  # one more seed
+    assert capsys.readouterr().out.count("\n| 2 | ") == 2
+
+
+@pytest.mark.fault
+def test_a_study_that_is_stopped_goes_on(data, tmp_path):
+    out = tmp_path / "study"
+    words = [
+        sys.executable,
+        "-m",
+        "cnnmpi.study",
+        "--runs",
+        "2",
+        "--out",
+        str(out),
+        "--",
+        *arguments(data, "--epochs", "40"),
+    ]
+    job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_until(lambda: (out / "a" / "seed-0" / "previous.h5").exists(), job)
+    job.send_signal(signal.SIGINT)
+    subprocess.run(["pkill", "-INT", "-f", str(out / "a" / "seed-0")], check=False)  # as a terminal tells all of them
+    _, err = job.communicate(timeout=HANGS_S)
+    assert job.returncode in (75, 130) and not (out / "study.md").exists(), err
+    result = run(*words)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n| ") == 3
+    assert len((out / "a" / "seed-0" / "starts.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--runs", "0"], "--runs, --ranks and --jobs must be at least 1"),
+        (["--", "--seed", "3"], "a study sets --seed itself: leave them out"),
+        (["--against=--out=x"], "a study sets --out itself"),
+        (["--ranks", "2", "--mpirun", "gone"], "--mpirun gone: no such command"),
+        (["--", "--lr", "-1"], "seed 0 ended with code 2: cnnmpi: error: --lr must be a number of at least 0"),
+    ],
+)
+def test_bad_input_gets_one_line(words, message, tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "s"), *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.fault
+def test_the_folder_of_another_study_is_refused(data, tmp_path, capsys):
+    words = ["--runs", "1", "--out", str(tmp_path / "s"), "--"]
+    assert main([*words, *arguments(data, "--max-steps", "1")]) == 0
+    assert main([*words, *arguments(data, "--max-steps", "2")]) == 2
+    assert "holds a study of other arguments" in capsys.readouterr().err
