@@ -43,7 +43,8 @@ def time_table(phases: Sequence[Mapping[str, float]], whole: float) -> str:
         busy = sum(parts[name] for name in SHARED)
         lost = sorted(((part, name) for name, part in parts.items() if name not in SHARED), reverse=True)
         reasons = "; ".join(f"{part:.1%} {WORDS[name]}" for part, name in lost if part >= NOTICED)
-        text += f"\n{len(phases)} ranks did the work of {busy * len(phases):.2f}; the rest of their time: {reasons or 'nothing'}"
+        text += f"\n{len(phases)} ranks did the work of {busy * len(phases):.2f}"
+        text += f"; the rest of their time: {reasons}" if reasons else ""
         rank, longer = slowest(phases)
         if longer >= SLOW:
             text += f"\nrank {rank} computed {longer:.0%} longer than the mean of all: the others waited for it"
