@@ -28,9 +28,10 @@ from cnnmpi.profile.pages import profile_page
 from cnnmpi.profile.show import MIB, by_kind, cells, head, headline, rows_of
 from cnnmpi.profile.step import Step
 from cnnmpi.train.code import Code, explained, named_files
-from cnnmpi.train.config import JSON_OBJECT, Backend, Config, Precision, resolve
+from cnnmpi.train.config import Backend, Config, Precision, resolve
 from cnnmpi.train.inputs import input_options, look_at_data, smallest_shard
 from cnnmpi.train.measures import find_losses, with_loss
+from cnnmpi.train.settings import JSON_OBJECT
 from cnnmpi.train.setup import make_model, make_optimizer, share_parameters
 
 PROGRAM = "cnnmpi.profile"
