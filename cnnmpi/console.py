@@ -170,7 +170,8 @@ def progress(total: int, program: str, what: str = "files") -> Iterator[Callable
         done, now = done + count, time.monotonic()
         if now - told >= EVERY_S:
             told, speed = now, done / (now - began)
-            print(f"{program}: {done} of {total} {what}, {speed:.0f}/s", file=sys.stderr, flush=True)
+            rate = f"{speed:.0f}/s" if speed >= 1 else f"{60 * speed:.1f} a minute"
+            print(f"{program}: {done} of {total} {what}, {rate}", file=sys.stderr, flush=True)
 
     yield advance
 

@@ -1,4 +1,4 @@
-"""Where a run's settings come from (defaults, a recipe, a TOML file, the command line, a checkpoint), and their checks."""
+"""Where settings come from (defaults, a recipe, a TOML file, the command line, a checkpoint), and their checks."""
 
 import contextlib
 import dataclasses
