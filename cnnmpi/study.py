@@ -1,7 +1,7 @@
 """State an accuracy with its spread: train with several seeds, and compare settings by the same seeds.
 
 python -m cnnmpi.study --runs 5 -- --data data/cifar10.h5
-python -m cnnmpi.study --runs 5 --ranks 2 --against "--lr 0.2" -- --data data/cifar10.h5 --lr 0.06
+python -m cnnmpi.study --runs 5 --ranks 2 --against="--lr 0.2" -- --data data/cifar10.h5 --lr 0.06
 python -m cnnmpi.study --runs 3 -- dense.py --epochs 5
 
 What follows ``--`` is for cnnmpi.train, or is a script of your own that calls ``cnnmpi.fit``, and its arguments. A
@@ -46,7 +46,7 @@ class Study:
     runs: int = 5
     """How many seeds."""
     against: str | None = None
-    """More arguments for a second set of runs with the same seeds, such as "--lr 0.2": the difference is told."""
+    """More arguments for a second set of runs with the same seeds, as --against="--lr 0.2": the difference is told."""
     out: Path = Path("runs/study")
     """Folder of the study: a folder for each run, study.md and study.json."""
     ranks: int = 1
@@ -180,10 +180,16 @@ def conduct(study: Study, arguments: Sequence[str]) -> str:
             raise
 
     with ThreadPoolExecutor(study.jobs) as pool, progress(len(jobs), PROGRAM, "runs") as advance:
-        for future in [pool.submit(one, runs, seed) for runs, seed in jobs]:
-            if (outcome := future.result()) is not None:
-                outcomes.append(outcome)
-            advance(1)
+        try:
+            for future in [pool.submit(one, runs, seed) for runs, seed in jobs]:
+                if (outcome := future.result()) is not None:
+                    outcomes.append(outcome)
+                advance(1)
+        except BaseException:  # Ctrl-C, too: no further run begins
+            stop.set()
+            raise
+    if len(measures := {outcome.measure for outcome in outcomes}) > 1:
+        raise UserError(f"the runs have {' and '.join(sorted(measures))}, which cannot be compared")
     found = [outcomes[index :: len(sets)] for index in range(len(sets))]
     text = told(arguments, more, found)
     write_atomically(study.out / "study.md", text.encode(errors="backslashreplace"))

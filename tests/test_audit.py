@@ -1,7 +1,9 @@
 """Audits: a sound run passes on any number of ranks, and whatever was changed in one is found."""
 
 import fcntl
+import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,8 +13,11 @@ import numpy as np
 import pytest
 
 from cnnmpi import checkpoint
-from cnnmpi.audit import main
+from cnnmpi.audit.__main__ import main
+from cnnmpi.common.lines import to_line
 from cnnmpi.data import read_hdf5, write_hdf5
+from cnnmpi.distributed import Ranks
+from cnnmpi.train import Config, set_up
 from tests.jobs import MPIRUN, command, needs_mpirun, run
 
 pytestmark = pytest.mark.mpi_skip
@@ -123,6 +128,57 @@ def test_a_checkpoint_that_was_changed_and_signed_again_is_found(what, copy, cap
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize("what", ["weights", "mean", "classes"])
+@pytest.mark.parametrize("name", ["last.h5", "kept/epoch-0003.h5"])
+def test_of_two_checkpoints_of_a_step_each_is_looked_at(name, what, copy, capsys):
+    path = copy / name
+    arrays, attributes = checkpoint.load(path)
+    if what == "weights":
+        weights = {key.removeprefix("model/"): value for key, value in arrays.items() if key.startswith("model/")}
+        for array in weights.values():
+            array[...] = 0.5
+        attributes["weights_sha256"] = checkpoint.weights_digest(weights)
+    else:
+        attributes[what] = attributes[what][::-1]
+    checkpoint.save(path, arrays, attributes)
+    assert audit(copy, "--segments", "0") == 1
+    assert f"other {what}" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+def test_weights_behind_the_last_entry_are_computed_again(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(*command(1, data, out, *OPTIONS, "--max-steps", "15")).returncode == 0  # entries of 12 and 16
+    assert audit(out, "--segments", "0") == 0
+    assert "step 15, as computed again" in capsys.readouterr().out
+    arrays, attributes = checkpoint.load(out / "last.h5")
+    name = next(name for name in arrays if name.startswith("optimizer/"))
+    arrays[name][...] *= -3
+    checkpoint.save(out / "last.h5", arrays, attributes)
+    assert audit(out, "--segments", "0") == 1
+    assert "step 15: other optimizer/" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("change", ["an entry left out", "an entry twice", "another beginning"])
+def test_a_chain_with_other_entries_than_such_a_run_writes_is_found(change, copy, capsys):
+    says = [json.loads(line) for line in (copy / "ledger.jsonl").read_text().splitlines()]
+    if change == "an entry left out":
+        del says[4]
+    elif change == "an entry twice":
+        says.insert(4, says[3])
+    else:
+        says[0]["begins"] = 4
+    before, lines = "", []
+    for each in says:
+        lines.append(to_line(each | {"before": before}))
+        before = hashlib.sha256(lines[-1]).hexdigest()
+    (copy / "ledger.jsonl").write_bytes(b"".join(lines))
+    assert audit(copy, "--segments", "0") == 1
+    assert "is not the entry of step" in capsys.readouterr().out
+
+
+@pytest.mark.fault
 def test_another_setting_is_found(copy, capsys):
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("momentum = 0.9", "momentum = 0.8"))
@@ -178,11 +234,51 @@ def test_what_cannot_be_audited_is_one_line(copy, tmp_path, capfd):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert audit(copy) == 2
     assert "the run is still going on: wait for its end" in capfd.readouterr().err
-    for name, words in (("gone", "No such file"), ("run", "only a run with a ledger can be audited")):
+    for name, words in (("gone", "no such folder"), ("run", "only a run with a ledger can be audited")):
         shutil.rmtree(copy) if name == "gone" else copy.mkdir()
         assert audit(copy) == 2
         err = capfd.readouterr().err
         assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--init", "last.h5"], "the run began from other weights"),
+        (["--reduction", "float32"], "bits are promised by --reduction exact alone"),
+        (["--resume", "kept/epoch-0001.h5"], "the ledger begins at step 10"),
+    ],
+)
+def test_an_honest_run_that_cannot_be_followed_from_its_seed_is_not_called_wrong(
+    options, words, data, trained, tmp_path, capsys
+):
+    option, value = options
+    given = value if value == "float32" else str(trained / value)
+    assert run(*command(1, data, tmp_path / "run", *OPTIONS, option, given)).returncode == 0
+    assert audit(tmp_path / "run", "--segments", "-1") == 2
+    out = capsys.readouterr().out
+    assert words in out and "WRONG" not in out
+
+
+def test_a_run_that_changed_processors_is_followed_where_it_can_be(data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert run(*command(1, data, out, *OPTIONS, "--max-steps", "20")).returncode == 0
+    config = Config(out=out, resume="auto", data=str(data), threads=1, report=False, keep_every=1)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("cnnmpi.train.setup.blas_kernels", lambda: "openblas Other")
+        assert set_up(config, Ranks()).run() == 0
+    assert audit(out, "--segments", "-1") == 2
+    rows = {
+        line.split()[1]: line.split()[2] for line in capsys.readouterr().out.splitlines() if line.startswith("steps")
+    }
+    assert rows == {"0-10": "ok", "10-20": "ok", "20-30": "?"}
+
+
+@pytest.mark.fault
+def test_a_pipe_lets_no_audit_wait(copy):
+    (copy / "lock").unlink()
+    os.mkfifo(copy / "lock")
+    assert audit(copy, "--segments", "0") == 0
 
 
 def test_other_kernels_promise_no_bits(copy, monkeypatch, capsys):

@@ -83,32 +83,37 @@ class Ledger:
         if self.every:
             write_atomically(self.path, b"")
             self.head = ""
-            self._add({"ledger": VERSION, "every": self.every, "begins": step, **shaping})
+            every = {"every": self.every, "steps_per_epoch": self.steps_per_epoch}
+            self._add({"ledger": VERSION, **every, "begins": step, **shaping})
 
     def enter(self, says: Line) -> None:
         """Write the entry of a step: ``Trainer.entry``."""
         if self.every:
             self._add(says)
 
-    def go_on(self, step: int, head: str, shaping: Line) -> None:
-        """Keep the entries up to ``step``, which end in the one whose hash is ``head``: the others will come again.
+    def go_on(self, step: int, head: str, shaping: Line) -> bool:
+        """Keep the entries up to the one whose hash is ``head``, as the checkpoint says: the others will come again.
 
-        Where they do not, as for a checkpoint of before there were ledgers, a new one begins here, and says so. Where
-        what shapes the run is no longer what it was, such as the kernels of another processor, an entry says that.
+        Where there is none, as for a checkpoint of before there were ledgers, a new one begins here, and True is
+        returned: an entry of this step is to follow. Where what shapes the run is no longer what it was, such as the
+        kernels of another processor, an entry says that.
         """
-        if not self.every:
-            return
+        if not self.every and not head:
+            return False
+        found: list[Entry] = []
         try:
-            kept = [entry for entry in entries(self.path, torn=True) if (entry.step or 0) <= step]
+            found += entries(self.path, torn=True)
         except (OSError, BrokenChainError) as error:
-            kept = []
             if head:
                 self.tell(f"warning: {getattr(error, 'strerror', None) or error}")
-        if not kept or kept[-1].hash != head:
-            if head or kept:
+        places = [index for index, entry in enumerate(found) if entry.hash == head]
+        if not places:
+            if head or found:
                 self.tell(f"warning: {self.path} does not lead to the checkpoint: a new one begins at step {step}")
+            self.every = self.every or 1
             self.begin(shaping, step)
-            return
+            return True
+        kept = found[: places[0] + 1]
         self.every = int(kept[0].says["every"])
         write_atomically(self.path, b"".join(entry.blob for entry in kept))
         self.head = head
@@ -119,6 +124,7 @@ class Ledger:
         if changed := {name: value for name, value in now.items() if known.get(name) != value}:
             self.tell(f"note: {', '.join(changed)} changed since the run began: {self.path.name} says so from here on")
             self._add({"changed": step, **changed})
+        return False
 
     def _add(self, says: Line) -> None:
         entry = Entry(to_line(says | {"before": self.head}), says)

@@ -34,7 +34,7 @@ from cnnmpi.train.config import (
     with_defaults,
 )
 from cnnmpi.train.errors import as_user_errors
-from cnnmpi.train.folder import RunFolder, Saved, find_checkpoint
+from cnnmpi.train.folder import KEPT, RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Data, Tell, input_options, make_loader, open_data, parts_of, smallest_shard
 from cnnmpi.train.ledger import Ledger, plain_settings
@@ -176,6 +176,7 @@ def what_shapes(trainer: Trainer, data: Data, code: Code) -> dict[str, Any]:
     arrays = [[name, list(array.shape)] for name, array in trainer.model.named_arrays().items()]
     return {
         "config": plain_settings(to_plain(experiment(config))),
+        "init": config.init is not None,
         "data_sha256": data.sha256,
         "network": hashlib.sha256(json.dumps(arrays).encode()).hexdigest(),
         "frozen": hashlib.sha256(trainer.F.to_numpy(flat.frozen).data).hexdigest(),
@@ -300,7 +301,8 @@ def with_checkpoint(config: Config, code: Code, ranks: Ranks, tell: Tell) -> tup
         saved = ranks.on_rank0(lambda: find_checkpoint(resume, default_out, tell))
     if saved is not None:
         config = continued(config, saved.run.config, saved.path, code)
-        config = dataclasses.replace(config, out=config.out or saved.path.parent)
+        parent = saved.path.parent
+        config = dataclasses.replace(config, out=config.out or (parent.parent if parent.name == KEPT else parent))
     return resolve(config, code), saved
 
 
@@ -383,6 +385,11 @@ def open_folder(trainer: Trainer, saved: Saved | None, tell: Tell) -> None:
         trainer.best = -math.inf
     else:
         head = saved.run.ledger if saved else ""
-        trainer.ranks.on_rank0(lambda: trainer.ledger.go_on(trainer.step, head, trainer.shaping))
+
+        def go_on() -> None:
+            if trainer.ledger.go_on(trainer.step, head, trainer.shaping):
+                trainer.ledger.enter(trainer.entry())
+
+        trainer.ranks.on_rank0(go_on)
         ended = not trainer.epoch_sums[1]  # no images since the last evaluation
         trainer.ranks.on_rank0(as_user_errors()(lambda: report.rewind(trainer.step, trainer.steps_per_epoch, ended)))

@@ -1,0 +1,179 @@
+"""What the folder of a run says: its ledger, its checkpoints, its settings, and whether they hold together."""
+
+import contextlib
+import fcntl
+import itertools
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cnnmpi import checkpoint
+from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.common.files import open_regular
+from cnnmpi.distributed import UserError
+from cnnmpi.train import Config
+from cnnmpi.train.config import experiment, from_plain, to_plain
+from cnnmpi.train.ledger import LEDGER, SKIPPED, BrokenChainError, Entry, entries, plain_settings
+from cnnmpi.train.state import read_saved_run
+
+STATE = ("weights", "statistics", "optimizer")
+UNKNOWN = "?"  # in the place of a verdict
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that belongs to the ledger: the computation can begin at its ``step``. Without a path, the seed."""
+
+    step: int
+    path: Path | None = None
+
+
+@dataclass
+class Record:
+    """What the folder of a run says, and ``rows`` of what was checked: (what, "ok" or "WRONG" or "?", words).
+
+    ``files`` are its checkpoints that belong to the ledger.
+    """
+
+    folder: Path
+    chain: list[Entry] = field(default_factory=list)
+    files: list[Saved] = field(default_factory=list)
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def note(self, what: str, wrong: str, right: str = "") -> None:
+        """Write down a check: all is well unless there are words for what is ``wrong``."""
+        self.rows.append((what, "WRONG" if wrong else "ok", wrong or right))
+
+    def verdicts(self) -> set[str]:
+        """Return the verdicts so far."""
+        return {verdict for _, verdict, _ in self.rows}
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """What shapes the run."""
+        return self.chain[0].says
+
+    @property
+    def said(self) -> dict[int, dict[str, Any]]:
+        """Return {step: the entry of that step}."""
+        return {entry.says["step"]: entry.says for entry in self.chain if entry.step is not None}
+
+    def shaping(self, first: int, last: int) -> list[dict[str, Any]]:
+        """Return what shaped the run, as it was at step ``first``, and as it changed until ``last``."""
+        known, found = dict(self.opening), []
+        for entry in self.chain:
+            if (changed := entry.says.get("changed")) is not None and changed < last:
+                if changed > first:
+                    found.append(dict(known))
+                known |= entry.says
+        return [*found, known]
+
+    def segments(self) -> list[tuple[Saved, Saved]]:
+        """Return the parts of the run that can be computed again: from one checkpoint to the next, or to the end."""
+        places = {saved.step: saved for saved in self.files}
+        if self.opening["begins"] == 0 and not self.opening.get("init"):
+            places |= {0: Saved(0)}
+        places |= {max(self.said): Saved(max(self.said))} if max(self.said) not in places else {}
+        ordered = [places[step] for step in sorted(places)]
+        return [*itertools.pairwise(ordered)]
+
+
+def read(folder: Path) -> Record:
+    """Return the record of a run, and whether its ledger holds together, and its checkpoints and settings with it.
+
+    Raises UserError where there is no ledger, and for a run that is still going on.
+    """
+    _refuse_a_running_one(folder)
+    record, path = Record(folder), folder / LEDGER
+    try:
+        record.chain = [*entries(path)]
+        _check_entries(record)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: only a run with a ledger can be audited") from None
+    except BrokenChainError as error:
+        record.note("ledger", str(error).removeprefix(f"{path}: "))
+        return record
+    record.note("ledger", "", f"{len(record.chain)} entries to step {max(record.said)}, {record.chain[-1].hash}")
+    if record.opening["begins"]:
+        record.rows.append(("before", UNKNOWN, f"the ledger begins at step {record.opening['begins']}"))
+    elif record.opening.get("init"):
+        record.rows.append(("before", UNKNOWN, "the run began from other weights (--init), not from the seed"))
+    try:
+        with open_regular(folder / "config.toml") as file:
+            content = tomllib.loads(file.read(1 << 20).decode(errors="surrogateescape"))
+        settings = experiment(Config(**from_plain(content, "config.toml")))
+        wrong = _other(plain_settings(to_plain(settings)), record.opening["config"])
+    except (OSError, ValueError, UserError, KeyError) as error:
+        wrong = str(error)
+    record.note("config.toml", wrong)
+    names = [folder / name for name in ("last.h5", "previous.h5", "best.h5")]
+    for path in [*names, *sorted((folder / "kept").glob("epoch-*.h5"))]:
+        if path.exists():
+            _check(record, path)
+    return record
+
+
+def _check_entries(record: Record) -> None:
+    """Raise BrokenChainError unless the ledger has just the entries that such a run writes, in their order."""
+    opening = record.opening if record.chain else {}
+    numbers = [opening.get(name) for name in ("every", "steps_per_epoch", "begins")]
+    right = all(type(number) is int and number >= least for number, least in zip(numbers, (1, 1, 0), strict=True))
+    if not right or not isinstance(opening.get("config"), dict) or not isinstance(opening.get("data_sha256"), str):
+        raise BrokenChainError("its first line does not say what shapes the run")
+    every, per_epoch, expected = int(opening["every"]), int(opening["steps_per_epoch"]), int(opening["begins"])
+    for number, entry in enumerate(record.chain[1:], 2):
+        if "changed" in entry.says and entry.step is None and type(entry.says["changed"]) is int:
+            continue
+        losses = isinstance(entry.says.get("loss", SKIPPED), str)
+        if entry.step != expected or not losses or not all(isinstance(entry.says.get(name), str) for name in STATE):
+            raise BrokenChainError(f"line {number} is not the entry of step {expected}")
+        expected = min((expected // each + 1) * each for each in (every, per_epoch))
+    if not record.said:
+        raise BrokenChainError("it has no entry of a step")
+
+
+def _check(record: Record, path: Path) -> None:
+    """Check that a checkpoint belongs to the ledger."""
+    name = str(path.relative_to(record.folder))
+    try:
+        arrays, attributes = checkpoint.load(path)
+        run = read_saved_run(path, attributes)
+        config = experiment(Config(**from_plain(run.config, name)))
+    except (CheckpointError, UserError) as error:
+        record.note(name, str(error).removeprefix(f"{path}: "))
+        return
+    weights = {key.removeprefix("model/"): value for key, value in arrays.items() if key.startswith("model/")}
+    places = [index for index, entry in enumerate(record.chain) if entry.hash == run.ledger]
+    newest = max(step for step in record.said if step <= run.step) if run.step >= min(record.said) else None
+    wrong = _other(plain_settings(to_plain(config)), record.opening["config"])
+    if not places or [entry.step for entry in record.chain[: places[0] + 1] if entry.step is not None][-1:] != [newest]:
+        wrong = f"step {run.step}: it is not of this ledger"
+    elif run.data_sha256 != record.opening["data_sha256"]:
+        wrong = "its data are not the ledger's"
+    elif checkpoint.weights_digest(weights) != attributes.get("weights_sha256"):
+        wrong = "its weights are not those that it names"
+    if not wrong and run.step not in record.said:
+        record.rows.append((name, UNKNOWN, f"step {run.step}, of which there is no entry"))
+    else:
+        record.note(name, wrong, f"step {run.step}")
+    if not wrong:
+        record.files.append(Saved(run.step, path))
+
+
+def _other(settings: dict[str, Any], said: dict[str, Any]) -> str:
+    """Return which settings are not those that the ledger begins with."""
+    names = sorted(name for name in settings.keys() | said.keys() if settings.get(name) != said.get(name))
+    return f"other {', '.join(names)} than the ledger's" if names else ""
+
+
+def _refuse_a_running_one(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: name that of a run")
+    with contextlib.suppress(OSError), open_regular(folder / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: the run is still going on: wait for its end") from None
+        except OSError:
+            pass  # a file system without locks
