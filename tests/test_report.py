@@ -193,6 +193,12 @@ def test_a_run_ends_with_its_report_and_the_command_writes_the_same(trained, tmp
     assert capsys.readouterr().out == f"{tmp_path / 'again.html'}: {len(written) >> 10} KiB\n"
 
 
+@pytest.fixture
+def no_charts(monkeypatch) -> None:
+    """Pages without curves, whose drawing takes most of the time."""
+    monkeypatch.setattr("cnnmpi.report.one.chart", lambda title, *_, **__: f"<p>{title}</p>")
+
+
 def copied(trained: Path, out: Path) -> Path:
     out.mkdir()
     for path in trained.iterdir():
@@ -204,7 +210,7 @@ def copied(trained: Path, out: Path) -> Path:
 @pytest.mark.fault
 @pytest.mark.parametrize("name", ["metrics.jsonl", "steps.jsonl", "starts.jsonl", "config.toml", "last.h5"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "noise", "a folder"])
-def test_a_damaged_run_gives_what_it_has(name, damage, trained, tmp_path, capsys):
+def test_a_damaged_run_gives_what_it_has(name, damage, trained, tmp_path, capsys, no_charts):
     out = copied(trained, tmp_path / "run")
     path, content = out / name, (out / name).read_bytes()
     path.unlink()
@@ -324,7 +330,7 @@ def test_counts_are_those_of_the_confusion_matrix(tmp_path):
 @pytest.mark.parametrize(
     "text", ["a = 0x" + "f" * 5000, "a = " + "9" * 5000, "a = [" + "[" * 5000, "\x00", "data = 5\nmodel = {x = 1}"]
 )
-def test_settings_that_nobody_could_mean(text, trained, tmp_path):
+def test_settings_that_nobody_could_mean(text, trained, tmp_path, no_charts):
     out = copied(trained, tmp_path / "run")
     (out / "config.toml").write_text(text)
     assert main([str(out), "--data", "none", "--out", str(tmp_path / "page.html")]) == 0
@@ -332,7 +338,7 @@ def test_settings_that_nobody_could_mean(text, trained, tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("name", ["metrics.jsonl", "steps.jsonl", "config.toml", "last.h5"])
-def test_a_pipe_in_the_place_of_a_file_lets_nobody_wait(name, trained, tmp_path):
+def test_a_pipe_in_the_place_of_a_file_lets_nobody_wait(name, trained, tmp_path, no_charts):
     out = copied(trained, tmp_path / "run")
     (out / name).unlink()
     os.mkfifo(out / name)
