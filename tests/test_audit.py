@@ -17,7 +17,8 @@ from cnnmpi.audit.__main__ import main
 from cnnmpi.common.lines import to_line
 from cnnmpi.data import read_hdf5, write_hdf5
 from cnnmpi.distributed import Ranks
-from cnnmpi.train import Config, set_up
+from cnnmpi.train import Config, Trainer, set_up
+from cnnmpi.train.setup import what_shapes
 from tests.jobs import MPIRUN, command, needs_mpirun, run
 
 pytestmark = pytest.mark.mpi_skip
@@ -37,6 +38,20 @@ def altered(run):
 Trainer.train_step = altered
 train(sys.argv[1:])
 """
+
+
+def other_kernels(monkeypatch, bits: bool) -> None:
+    """Let this process compute with kernels of another name and, with ``bits``, to other last bits."""
+    monkeypatch.setattr("cnnmpi.functional.kernels", lambda device: "openblas Other")
+    step = Trainer.train_step
+
+    def altered(run):
+        loss = step(run)
+        run.flat.params[7] = np.nextafter(run.flat.params[7], np.float32(9))
+        return loss
+
+    if bits:
+        monkeypatch.setattr(Trainer, "train_step", altered)
 
 
 def audit(folder: Path, *arguments: str) -> int:
@@ -245,19 +260,26 @@ def test_what_cannot_be_audited_is_one_line(copy, tmp_path, capfd):
     "options, words",
     [
         (["--init", "last.h5"], "the run began from other weights"),
-        (["--reduction", "float32"], "bits are promised by --reduction exact alone"),
         (["--resume", "kept/epoch-0001.h5"], "the ledger begins at step 10"),
     ],
 )
 def test_an_honest_run_that_cannot_be_followed_from_its_seed_is_not_called_wrong(
     options, words, data, trained, tmp_path, capsys
 ):
-    option, value = options
-    given = value if value == "float32" else str(trained / value)
-    assert run(*command(1, data, tmp_path / "run", *OPTIONS, option, given)).returncode == 0
+    option, name = options
+    assert run(*command(1, data, tmp_path / "run", *OPTIONS, option, str(trained / name))).returncode == 0
     assert audit(tmp_path / "run", "--segments", "-1") == 2
     out = capsys.readouterr().out
     assert words in out and "WRONG" not in out
+
+
+@needs_mpirun
+@pytest.mark.parametrize("ranks, code", [(1, 0), (2, 2)])
+def test_a_sum_in_float32_may_depend_on_the_ranks(ranks, code, data, tmp_path, capsys):
+    assert run(*command(ranks, data, tmp_path / "run", *OPTIONS, "--reduction", "float32")).returncode == 0
+    assert audit(tmp_path / "run", "--segments", "-1") == code
+    out = capsys.readouterr().out
+    assert "bits are promised by --reduction exact alone" in out and "WRONG" not in out
 
 
 def test_a_run_that_changed_processors_is_followed_where_it_can_be(data, tmp_path, monkeypatch, capsys):
@@ -265,7 +287,7 @@ def test_a_run_that_changed_processors_is_followed_where_it_can_be(data, tmp_pat
     assert run(*command(1, data, out, *OPTIONS, "--max-steps", "20")).returncode == 0
     config = Config(out=out, resume="auto", data=str(data), threads=1, report=False, keep_every=1)
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr("cnnmpi.train.setup.blas_kernels", lambda: "openblas Other")
+        other_kernels(elsewhere, bits=True)
         assert set_up(config, Ranks()).run() == 0
     assert audit(out, "--segments", "-1") == 2
     rows = {
@@ -282,14 +304,35 @@ def test_a_pipe_lets_no_audit_wait(copy):
 
 
 def test_other_kernels_promise_no_bits(copy, monkeypatch, capsys):
-    monkeypatch.setattr("cnnmpi.train.setup.blas_kernels", lambda: "openblas Other")
+    other_kernels(monkeypatch, bits=True)
     assert audit(copy, "--segments", "1", "--seed", "1") == 2
     out = capsys.readouterr().out
-    assert "not as in the run: kernels: " in out and "NOT TOLD HERE" in out and "the same bits" in out
+    assert (
+        "note: not as in the run: kernels: " in out and "NOT TOLD HERE" in out and "other bits; losses differ by" in out
+    )
 
 
-def test_other_sources_are_named_and_nothing_is_computed(copy, monkeypatch, capsys):
-    monkeypatch.setattr("cnnmpi.train.setup.sources_sha256", lambda: "0" * 64)
-    assert audit(copy) == 2
+@pytest.mark.parametrize("what", ["kernels", "sources_sha256"])
+def test_the_same_bits_are_proof_by_whatever_they_are_computed(what, copy, monkeypatch, capsys):
+    if what == "kernels":
+        other_kernels(monkeypatch, bits=False)
+    else:
+        monkeypatch.setattr("cnnmpi.train.setup.sources_sha256", lambda: "0" * 64)
+    assert audit(copy, "--segments", "1") == 0
     out = capsys.readouterr().out
-    assert "not as in the run: sources_sha256: " in out and "steps" not in out
+    assert f"note: not as in the run: {what}: " in out and "entries computed again" in out and "SOUND" in out
+
+
+def test_another_network_computes_nothing(copy, monkeypatch, capsys):
+    shapes = what_shapes
+    monkeypatch.setattr("cnnmpi.train.setup.what_shapes", lambda *args: shapes(*args) | {"network": "0" * 64})
+    assert audit(copy, "--segments", "1") == 2
+    assert "another network cannot compute them again" in capsys.readouterr().out
+
+
+def test_a_run_from_other_weights_is_followed_from_them(data, trained, tmp_path, capfd):
+    assert run(*command(1, data, tmp_path / "run", *OPTIONS, "--init", str(trained / "last.h5"))).returncode == 0
+    assert audit(tmp_path / "run", "--segments", "-1", "--init", str(trained / "last.h5")) == 0
+    assert "SOUND" in capfd.readouterr().out
+    assert audit(tmp_path / "run", "--segments", "-1", "--init", str(trained / "kept" / "epoch-0001.h5")) == 2
+    assert "is it that file?" in capfd.readouterr().err

@@ -4,36 +4,24 @@ python -m cnnmpi.audit runs/simplecnn-0 --data data/cifar10.h5
 mpirun -n 4 python -m cnnmpi.audit runs/simplecnn-0 --segments 3 --seed 7
 """
 
-import contextlib
-import dataclasses
 import functools
 import secrets
-import shutil
 import sys
-import tempfile
 import time
-import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from cnnmpi.audit.compute import check_state, compute, unlike_here
+from cnnmpi.audit.compute import check_state, compute, data_of_run, scratch_folder, trainer_of, unlike_here
 from cnnmpi.audit.record import UNKNOWN, Record, Saved, read
-from cnnmpi.common.files import open_regular
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import Ranks, UserError, failing_together, start
-from cnnmpi.train import Config, Trainer, set_up
-from cnnmpi.train.config import from_plain
-from cnnmpi.train.inputs import Data, open_data
-from cnnmpi.train.judging import data_of
-from cnnmpi.train.ledger import LEDGER
 
 PROGRAM = "cnnmpi.audit"
 FOUND, CANNOT = 1, 2  # exit codes: something is not as the ledger says; it cannot be told here
-PLATFORM = ("kernels", "versions")  # where these are not the run's, bits are not promised
 
 
 @command
@@ -57,6 +45,7 @@ def run(
     data: str | None = None,
     segments: int = 5,
     seed: int | None = None,
+    init: Path | None = None,
     model: str | None = None,
     loss: str | None = None,
     augment: str | None = None,
@@ -70,6 +59,7 @@ def run(
         data: the data, if they are not where the run had them.
         segments: how many parts of the run, drawn at random, are computed again; 0 computes none, -1 all.
         seed: of that draw; drawn itself, and told, unless given.
+        init: the checkpoint that the run began from, if it did by --init.
         model: the network of a run of your own: FILE.py:CLASS or MODULE:CLASS.
         loss: its loss, if that is your own.
         augment: its augmentation, if that has functions of your own.
@@ -78,43 +68,44 @@ def run(
     """
     begun = time.monotonic()
     seed = ranks.on_rank0(lambda: secrets.randbits(32)) if seed is None else seed
-    record = ranks.on_rank0(lambda: read(folder))
+    record = ranks.on_rank0(lambda: read(folder, init))
     other: dict[str, str] = {}
     if "WRONG" not in record.verdicts():
-        own = {"model": model, "loss": loss, "augment": augment}
-        other = _recompute(record, ranks, data, segments, seed, own, threads)
+        own = {"model": model, "loss": loss, "augment": augment, "init": init and str(init)}
+        given = {name: value for name, value in own.items() if value is not None}
+        other = _recompute(record, ranks, data, segments, seed, given | {"threads": threads})
     found = record.verdicts()
     if ranks.rank == 0:
         print(table(("checked", "", ""), [tuple(map(printable, row)) for row in record.rows]))
         for name, words in other.items():
-            print(printable(f"not as in the run: {name}: {words}"))
+            print(printable(f"note: not as in the run: {name}: {words}"))
         if "WRONG" in found:
             verdict = "WRONG: the run is not what its ledger says"
-        elif other or UNKNOWN in found:
+        elif UNKNOWN in found:
             verdict = "NOT TOLD HERE: nothing was found to be wrong, but see above for what could not be checked"
         else:
             verdict = "SOUND: all that was checked is as the ledger says"
         print(f"{verdict} (seed {seed}, {ranks.size} ranks, {time.monotonic() - begun:.0f} s)")
-    return FOUND if "WRONG" in found else CANNOT if other or UNKNOWN in found else 0
+    return FOUND if "WRONG" in found else CANNOT if UNKNOWN in found else 0
 
 
 def _recompute(
-    record: Record, ranks: Ranks, spec: str | None, segments: int, seed: int, own: dict[str, str | None], threads: int
+    record: Record, ranks: Ranks, spec: str | None, segments: int, seed: int, given: dict[str, Any]
 ) -> dict[str, str]:
     """Check the data, then compute parts of the run again; return what shaped it otherwise than here."""
-    found = _data(record, ranks, spec)
-    if found is None:
+    data = data_of_run(record, ranks, spec)
+    if data is None:
         return {}
     parts = record.segments()
     drawn = np.random.default_rng(seed).permutation(len(parts))[: segments if segments >= 0 else len(parts)].tolist()
     # and those that end in a checkpoint for which only this can vouch
     chosen = [part for index, part in enumerate(parts) if index in drawn or part[1].step not in record.said]
-    other: dict[str, str] = {}
-    with _scratch(ranks) as scratch:
-        make = functools.partial(_trainer, record, ranks, found, own, threads, scratch)
+    with scratch_folder(ranks) as scratch:
+        make = functools.partial(trainer_of, record, ranks, data, given, scratch)
         trainer = make(parts[0][0] if parts else record.files[0] if record.files else Saved(0))
         other = unlike_here(record, trainer, record.opening["begins"], record.opening["begins"] + 1)
-        if other.keys() - {*PLATFORM, "reduction"}:
+        if other.keys() & {"network", "frozen"}:
+            record.rows.append(("parts", UNKNOWN, "another network cannot compute them again"))
             return other
         for saved in record.files:
             assert saved.path is not None
@@ -126,15 +117,16 @@ def _recompute(
             trainer = make(first)
             unlike = unlike_here(record, trainer, first.step, last.step)
             other |= unlike
-            first_difference, compared, deviation = compute(record, trainer, last)
+            difference, compared, deviation = compute(record, trainer, last)
             what = f"steps {first.step}-{last.step}"
-            if unlike:
-                same = "the same bits" if not first_difference else f"losses differ by {deviation:.2g} of them at most"
-                record.rows.append((what, UNKNOWN, same))
-            else:
-                record.note(what, first_difference, f"{compared} entries computed again")
-                if not first_difference:
-                    _vouch(record, last.step)
+            if difference and unlike:
+                record.rows.append((what, UNKNOWN, f"other bits; losses differ by {deviation:.2g} of them at most"))
+                continue
+            if difference and first.path is None and record.init:
+                raise UserError(f"--init {record.init}: with it, the run differs at {difference}: is it that file?")
+            record.note(what, difference, f"{compared} entries computed again")
+            if not difference:
+                _vouch(record, last.step)
     if parts:
         record.rows.append(("parts", "ok", f"{len(chosen)} of {len(parts)} computed again"))
     else:
@@ -148,56 +140,6 @@ def _vouch(record: Record, step: int) -> None:
     for index, (what, verdict, _) in enumerate(record.rows):
         if what in names and verdict == UNKNOWN:
             record.rows[index] = (what, "ok", f"step {step}, as computed again")
-
-
-def _data(record: Record, ranks: Ranks, spec: str | None) -> Data | None:
-    """Return the data of the run, every byte of which was looked at; None where they are not the ledger's."""
-
-    def look() -> tuple[str, str]:
-        with open_regular(record.folder / "config.toml") as file:
-            settings = tomllib.loads(file.read(1 << 20).decode(errors="surrogateescape"))
-        where = data_of(settings.get("data")) if spec is None else spec
-        try:
-            found = open_data(where, Ranks(), lambda text: None)
-            return where, found.dataset.digest()
-        except UserError as error:
-            if spec is not None and not Path(where).exists():
-                raise
-            return where, str(error)
-
-    where, digest = ranks.on_rank0(look)
-    wrong = "" if digest == record.opening["data_sha256"] else "not those of the run"
-    if wrong and len(digest) != 64:
-        wrong = digest
-    record.note("data", wrong, where)
-    return None if wrong else open_data(where, ranks, lambda text: None)
-
-
-def _trainer(
-    record: Record, ranks: Ranks, data: Data, own: dict[str, str | None], threads: int, scratch: Path, begin: Saved
-) -> Trainer:
-    """Return the run as it was at ``begin``, in a folder of its own."""
-    given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
-    if begin.path is None:  # a checkpoint brings the settings along
-        given = from_plain(record.opening["config"] | given, LEDGER)
-    config = dataclasses.replace(
-        Config(**given), out=scratch / f"step-{begin.step}", resume=str(begin.path) if begin.path else None,
-        data=data.dataset.source, ledger_every=0, log_every=0, report=False, quiet=True, threads=threads,
-    )  # fmt: skip
-    trainer = set_up(config, ranks, data=data.dataset)
-    trainer.folder.close()
-    return trainer
-
-
-@contextlib.contextmanager
-def _scratch(ranks: Ranks) -> Iterator[Path]:
-    """Yield a folder that is gone afterwards, the same on all ranks of this host."""
-    path = Path(ranks.on_rank0(lambda: tempfile.mkdtemp(prefix="cnnmpi-audit-")))
-    try:
-        yield path
-    finally:
-        if ranks.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,86 @@
 """Computing parts of a run again, and comparing them with what its ledger and its checkpoints say."""
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import math
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cnnmpi import checkpoint
 from cnnmpi.audit.record import STATE, Record, Saved
-from cnnmpi.train import Trainer
-from cnnmpi.train.ledger import SKIPPED
+from cnnmpi.common.files import open_regular
+from cnnmpi.distributed import Ranks, UserError
+from cnnmpi.train import Config, Trainer, set_up
+from cnnmpi.train.config import from_plain
+from cnnmpi.train.inputs import Data, open_data
+from cnnmpi.train.judging import data_of
+from cnnmpi.train.ledger import LEDGER, SKIPPED
 from cnnmpi.train.state import pack, unpack
 
-OF_A_RUN = ("model_options", "classes", "mean", "std", "data_fit", "data_archive_sha256", "sources")  # in checkpoints
+OF_A_RUN = ("model_options", "classes", "mean", "std", "data_fit", "data_archive_sha256")  # in its checkpoints
+
+
+def data_of_run(record: Record, ranks: Ranks, spec: str | None) -> Data | None:
+    """Return the data of the run, or what ``spec`` means, every byte of which was looked at; None for other data."""
+
+    def look() -> tuple[str, str]:
+        with open_regular(record.folder / "config.toml") as file:
+            settings = tomllib.loads(file.read(1 << 20).decode(errors="surrogateescape"))
+        where = data_of(settings.get("data")) if spec is None else spec
+        try:
+            found = open_data(where, Ranks(), lambda text: None)
+            return where, found.dataset.digest()
+        except UserError as error:
+            if spec is not None and not Path(where).exists():
+                raise
+            return where, str(error)
+
+    where, digest = ranks.on_rank0(look)
+    wrong = "" if digest == record.opening["data_sha256"] else "not those of the run"
+    if wrong and len(digest) != 64:
+        wrong = digest
+    record.note("data", wrong, where)
+    return None if wrong else open_data(where, ranks, lambda text: None)
+
+
+def trainer_of(
+    record: Record, ranks: Ranks, data: Data, given: dict[str, Any], scratch: Path, begin: Saved, settings: Any = None
+) -> Trainer:
+    """Return the run as it was at ``begin``, in the folder ``scratch`` of its own.
+
+    ``given`` are settings besides those of the run, such as the places of a person's code. ``settings`` are taken
+    instead of those with which its ledger opens.
+    """
+    if begin.path is None:
+        given = from_plain((settings or record.opening["config"]) | given, LEDGER)
+    else:  # which brings the settings along
+        given = {name: value for name, value in given.items() if name != "init"}
+    config = dataclasses.replace(
+        Config(**given), out=scratch / f"step-{begin.step}", resume=str(begin.path) if begin.path else None,
+        data=data.dataset.source, ledger_every=0, log_every=0, report=False, quiet=True,
+    )  # fmt: skip
+    trainer = set_up(config, ranks, data=data.dataset)
+    trainer.folder.close()
+    return trainer
+
+
+@contextlib.contextmanager
+def scratch_folder(ranks: Ranks) -> Iterator[Path]:
+    """Yield a folder that is gone afterwards, the same on all ranks of this host."""
+    path = Path(ranks.on_rank0(lambda: tempfile.mkdtemp(prefix="cnnmpi-audit-")))
+    try:
+        yield path
+    finally:
+        if ranks.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def unlike_here(record: Record, trainer: Trainer, first: int, last: int) -> dict[str, str]:
@@ -36,6 +103,8 @@ def check_state(record: Record, trainer: Trainer, saved: Saved) -> str:
     assert saved.path is not None
     arrays, attributes = checkpoint.load(saved.path)
     other = [name for name in OF_A_RUN if attributes.get(name) != trainer.attributes.get(name)]
+    if json.loads(attributes.get("sources", "{}")) not in [each.says.get("code") for each in record.chain]:
+        other.append("code")
     try:
         unpack(arrays, trainer.model, trainer.optimizer)
     except ValueError as error:

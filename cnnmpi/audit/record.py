@@ -33,10 +33,11 @@ class Saved:
 class Record:
     """What the folder of a run says, and ``rows`` of what was checked: (what, "ok" or "WRONG" or "?", words).
 
-    ``files`` are its checkpoints that belong to the ledger.
+    ``files`` are its checkpoints that belong to the ledger; ``init`` is what it began from, where that is at hand.
     """
 
     folder: Path
+    init: Path | None = None
     chain: list[Entry] = field(default_factory=list)
     files: list[Saved] = field(default_factory=list)
     rows: list[tuple[str, str, str]] = field(default_factory=list)
@@ -72,20 +73,20 @@ class Record:
     def segments(self) -> list[tuple[Saved, Saved]]:
         """Return the parts of the run that can be computed again: from one checkpoint to the next, or to the end."""
         places = {saved.step: saved for saved in self.files}
-        if self.opening["begins"] == 0 and not self.opening.get("init"):
+        if self.opening["begins"] == 0 and (self.init or not self.opening.get("init")):
             places |= {0: Saved(0)}
         places |= {max(self.said): Saved(max(self.said))} if max(self.said) not in places else {}
         ordered = [places[step] for step in sorted(places)]
         return [*itertools.pairwise(ordered)]
 
 
-def read(folder: Path) -> Record:
+def read(folder: Path, init: Path | None = None) -> Record:
     """Return the record of a run, and whether its ledger holds together, and its checkpoints and settings with it.
 
     Raises UserError where there is no ledger, and for a run that is still going on.
     """
     _refuse_a_running_one(folder)
-    record, path = Record(folder), folder / LEDGER
+    record, path = Record(folder, init), folder / LEDGER
     try:
         record.chain = [*entries(path)]
         _check_entries(record)
@@ -97,8 +98,10 @@ def read(folder: Path) -> Record:
     record.note("ledger", "", f"{len(record.chain)} entries to step {max(record.said)}, {record.chain[-1].hash}")
     if record.opening["begins"]:
         record.rows.append(("before", UNKNOWN, f"the ledger begins at step {record.opening['begins']}"))
-    elif record.opening.get("init"):
-        record.rows.append(("before", UNKNOWN, "the run began from other weights (--init), not from the seed"))
+    elif record.opening.get("init") and init is None:
+        record.rows.append(
+            ("before", UNKNOWN, "the run began from other weights, not from the seed: name them by --init")
+        )
     try:
         with open_regular(folder / "config.toml") as file:
             content = tomllib.loads(file.read(1 << 20).decode(errors="surrogateescape"))

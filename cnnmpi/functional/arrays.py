@@ -5,11 +5,17 @@ from typing import Any
 import numpy as np
 
 from cnnmpi.functional.blocks import Array, nchw
+from cnnmpi.machine import blas_kernels
 
 
 def as_array(a: Array, like: Any = None) -> Array:
     """Return the NumPy array ``a`` as an array of this engine, on the device of ``like``; its dtype is kept."""
     return np.asarray(a)
+
+
+def kernels(device: str = "cpu") -> str:
+    """Return what computes on ``device``, here the CPU, on which the last bits depend: BLAS and its kernels."""
+    return blas_kernels()
 
 
 def to_numpy(a: Array) -> Array:

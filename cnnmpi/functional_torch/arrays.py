@@ -51,6 +51,13 @@ def set_threads(count: int, callers: int = 1) -> None:
     torch.set_num_threads(max(1, count // callers))
 
 
+def kernels(device: str) -> str:
+    """Return what computes on ``device``, on which the last bits depend: the GPU, or the instructions of the CPU."""
+    if device.startswith("cuda"):
+        return f"torch on {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return f"torch on cpu, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def tensor(a: NumpyArray, device: str) -> Tensor:
     """Return ``a`` as a tensor on ``device``; on the CPU both share their memory."""
     return torch.from_numpy(a).to(device)

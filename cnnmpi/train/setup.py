@@ -18,7 +18,7 @@ from cnnmpi import checkpoint, optim
 from cnnmpi.console import printable, told_warnings
 from cnnmpi.data import Dataset
 from cnnmpi.distributed import DeviceReducer, ExactReducer, Ranks, Reducer, UserError
-from cnnmpi.machine import blas_kernels, keep_freed_memory
+from cnnmpi.machine import keep_freed_memory
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.rng import first_draws
 from cnnmpi.train.code import Code, explained
@@ -183,7 +183,7 @@ def what_shapes(trainer: Trainer, data: Data, code: Code) -> dict[str, Any]:
         "code": code.sources(),
         "sources_sha256": sources_sha256(),
         "versions": {name: version_of(name) for name in ("cnnmpi", *engines)},
-        "kernels": blas_kernels() if config.backend == "numpy" else f"torch on {config.device}",
+        "kernels": trainer.F.kernels(config.device or "cpu"),
     }
 
 
