@@ -15,6 +15,7 @@ COMMANDS = {
     "report": ("cnnmpi.report.__main__", "a page that shows a run, or compares several"),
     "profile": ("cnnmpi.profile.__main__", "where the time and the memory of a training step go, layer by layer"),
     "study": ("cnnmpi.study", "an accuracy with its spread over seeds, and settings compared"),
+    "bisect": ("cnnmpi.bisect.__main__", "find where two runs part that should agree"),
     "audit": ("cnnmpi.audit.__main__", "check a run: compute parts of it again and compare"),
     "doctor": ("cnnmpi.doctor", "check MPI, cores, BLAS, disk and data before a job"),
     "chaos": ("cnnmpi.chaos", "train under random faults and compare the weights"),

@@ -70,6 +70,18 @@ class Record:
                 known |= entry.says
         return [*found, known]
 
+    def at(self, step: int) -> dict[str, Any]:
+        """Return what shapes the steps after ``step``."""
+        known = dict(self.opening)
+        for entry in self.chain:
+            if (changed := entry.says.get("changed")) is not None and changed <= step:
+                known |= entry.says
+        return known
+
+    def same(self, first: int, last: int) -> bool:
+        """Return whether nothing that shapes the run changes from one step to another."""
+        return self.at(first) == self.at(last)
+
     def segments(self) -> list[tuple[Saved, Saved]]:
         """Return the parts of the run that can be computed again: from one checkpoint to the next, or to the end."""
         places = {saved.step: saved for saved in self.files}

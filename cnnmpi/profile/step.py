@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnmpi.common.replaced import replaced
 from cnnmpi.layers import Layer
 from cnnmpi.machine import one_blas_thread
 from cnnmpi.models import Model
@@ -93,7 +94,7 @@ class Calls:
 
         It must be called on one thread at a time.
         """
-        function, own = getattr(owner, name), name in vars(owner)
+        function = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             self.charge(self._running[-1])
@@ -107,8 +108,7 @@ class Calls:
             seen(args[0] if args else None, result)
             return result
 
-        setattr(owner, name, watched)
-        self._restore.callback(*((setattr, owner, name, function) if own else (delattr, owner, name)))
+        self._restore.enter_context(replaced(owner, name, watched))
 
     def watch_step(self, step: Step, seen: Seen | None = None) -> None:
         """Watch every layer, the loss and the optimizer of ``step``; ``seen`` is told of the layers' calls."""

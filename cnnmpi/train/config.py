@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,10 +131,22 @@ def check_ranges(config: Config) -> None:
     for name in ("warmup", "label_smoothing", "momentum", "validation"):
         if not (getattr(config, name) or 0) < 1:
             raise UserError(f"{flag(name)} must be below 1, got {getattr(config, name)}")
+    fingerprinted(config)
     if config.device not in (None, "cpu") and config.backend != "torch":
         raise UserError(f"--device {config.device} needs --backend torch")
     if config.precision not in (None, "float32") and config.backend != "torch":
         raise UserError(f"--precision {config.precision} needs --backend torch: NumPy computes in float32")
+
+
+def fingerprinted(config: Config) -> tuple[int, int] | None:
+    """Return the first and the last step, counted from 1, of which there is a fingerprint. Raises UserError."""
+    if config.fingerprint is None:
+        return None
+    numbers = re.fullmatch(r"(\d{1,15}):(\d{1,15})", config.fingerprint)
+    first, last = map(int, numbers.groups()) if numbers else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"--fingerprint must be FROM:TO, steps from 1 on, as 31:40, got {config.fingerprint}")
+    return first, last
 
 
 def _accepted(kind: Any) -> tuple[type, ...]:

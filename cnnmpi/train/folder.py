@@ -18,6 +18,7 @@ from cnnmpi.report import CONFIG, METRICS, STARTS, STEPS
 from cnnmpi.train.board import FOLDER as BOARD
 from cnnmpi.train.closing import PAGE
 from cnnmpi.train.errors import as_user_errors
+from cnnmpi.train.fingerprint import FINGERPRINT
 from cnnmpi.train.ledger import LEDGER
 from cnnmpi.train.state import Arrays, SavedRun, read_saved_run
 
@@ -25,7 +26,7 @@ LAST, PREVIOUS, BEST = "last.h5", "previous.h5", "best.h5"
 KEPT = "kept"  # the folder of numbered checkpoints
 # What a run writes, in the order in which it is moved aside. A move that is cut short leaves --resume the earlier run,
 # as it was, or nothing: never an older checkpoint of it. Where config.toml has come, the move was completed.
-WRITTEN = (PREVIOUS, LAST, BEST, KEPT, METRICS, STEPS, STARTS, LEDGER, PAGE, BOARD, CONFIG)
+WRITTEN = (PREVIOUS, LAST, BEST, KEPT, METRICS, STEPS, STARTS, LEDGER, FINGERPRINT, PAGE, BOARD, CONFIG)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ class Execution:
     """Steps between lines in steps.jsonl and points in TensorBoard; 0 writes of epochs only."""
     ledger_every: int = 10
     """Steps between entries in ledger.jsonl, by which others can check the run; 0 writes none."""
+    fingerprint: str | None = None
+    """Steps FROM:TO, counted from 1, of which fingerprint.jsonl gets digests of all that each layer takes and gives."""
     tensorboard: bool = False
     """Write curves, confusion matrices and sample images for TensorBoard, too, into the folder of the run."""
     report: bool = True

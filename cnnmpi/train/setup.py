@@ -28,12 +28,14 @@ from cnnmpi.train.config import (
     check_ranges,
     continued,
     experiment,
+    fingerprinted,
     resolve,
     to_plain,
     to_toml,
     with_defaults,
 )
 from cnnmpi.train.errors import as_user_errors
+from cnnmpi.train.fingerprint import Fingerprint
 from cnnmpi.train.folder import KEPT, RunFolder, Saved, find_checkpoint
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Data, Tell, input_options, make_loader, open_data, parts_of, smallest_shard
@@ -125,6 +127,7 @@ def set_up(
         folder=folder,
         report=report,
         ledger=Ledger(folder.path, 0 if ranks.rank else config.ledger_every, len(loader), report.line),
+        fingerprint=Fingerprint(folder.path, fingerprinted(config), report.line),
         shaping={},
         hooks=hooks or Hooks(),
         signals=signals,
@@ -381,6 +384,7 @@ def open_folder(trainer: Trainer, saved: Saved | None, tell: Tell) -> None:
     folder, report = trainer.folder, trainer.report
     trainer.unsaved = saved is None or saved.path.resolve().parent != folder.path
     folder.open(trainer.unsaved, to_toml(trainer.config), tell)
+    trainer.ranks.on_rank0(as_user_errors()(lambda: trainer.fingerprint.begin(trainer.step, trainer.shaping)))
     if trainer.unsaved:
         trainer.best = -math.inf
     else:

@@ -23,6 +23,7 @@ from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.train.closing import time_table, what_now, write_report
 from cnnmpi.train.config import Config, experiment, to_plain
 from cnnmpi.train.evaluation import Evaluation, Stopped, evaluate
+from cnnmpi.train.fingerprint import Fingerprint
 from cnnmpi.train.folder import BEST, LAST, RunFolder, kept_name
 from cnnmpi.train.hooks import Hooks
 from cnnmpi.train.inputs import Part
@@ -66,6 +67,7 @@ class Trainer:
     folder: RunFolder
     report: Reporter
     ledger: Ledger  # of rank 0; without entries on others
+    fingerprint: Fingerprint
     shaping: dict[str, Any]  # what shapes the run: the ledger's first entry
     hooks: Hooks
     signals: StopSignals
@@ -230,7 +232,8 @@ class Trainer:
                 break
             if index == 0:
                 started, done_before = time.perf_counter(), 0.0
-            loss = self.train_step()
+            with self.fingerprint.of_step(self):  # if it is to have one
+                loss = self.train_step()
             newest = None
             self._record_step(epoch + 1, index, loss)
             self.hooks.call("on_step", self, loss)

@@ -1,0 +1,256 @@
+"""Computing two runs again, from where they last agreed, to the first numbers that are not the same."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnmpi import checkpoint
+from cnnmpi.audit.compute import trainer_of
+from cnnmpi.audit.record import STATE, Record, Saved
+from cnnmpi.common.arrays import Array
+from cnnmpi.distributed import Ranks, UserError
+from cnnmpi.train import Trainer
+from cnnmpi.train.inputs import Data
+from cnnmpi.train.state import Arrays, pack, read_saved_run, unpack
+
+HERE = ("kernels", "versions", "sources_sha256", "code", "network", "frozen")  # what may be otherwise here
+MANY = 1000  # units in the last place; a larger difference is told as a number
+SAID = ("loss", "skipped", *STATE, "loss_scale")  # in an entry of a step
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs: its letter, what its folder says, its data, and settings such as the places of code."""
+
+    letter: str
+    record: Record
+    data: Data
+    given: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A step, and the arrays that differ after it; ``text`` says how the first of them does."""
+
+    step: int
+    names: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        others = f", and {len(self.names) - 1} other arrays" if len(self.names) > 1 else ""
+        return f"step {self.step}, {self.names[0]}: {self.text}{others}"
+
+
+@dataclass
+class Found:
+    """What computing again has shown.
+
+    ``first`` is where the two runs, as they are computed here, part; ``in_files`` where a checkpoint does not hold what
+    is computed here. ``reproduced`` says of A and B whether the entry at which they part is what is computed here, and
+    ``unlike`` what shapes them otherwise than here. ``goes_on`` says of one that is not what is computed here whether
+    its later entries follow from its next checkpoint; None if that is not known.
+    """
+
+    begin: int
+    first: Place | None = None
+    in_files: dict[str, Place] = field(default_factory=dict)
+    reproduced: dict[str, bool] = field(default_factory=dict)
+    unlike: dict[str, list[str]] = field(default_factory=dict)
+    goes_on: dict[str, bool | None] = field(default_factory=dict)
+
+
+def parting(a: Record, b: Record) -> tuple[int | None, int | None, list[str]]:
+    """Return the last step of which both ledgers say the same, the first of which they do not, and what differs there.
+
+    None where there is no such step; steps of which only one has an entry are left out.
+    """
+    ours, theirs = a.said, b.said
+    last = None
+    for step in sorted(ours.keys() & theirs.keys()):
+        if names := [name for name in SAID if ours[step].get(name) != theirs[step].get(name)]:
+            return last, step, names
+        last = step
+    return last, None, []
+
+
+class Again:
+    """Computes both runs from the step ``last``, after which they agree, to the step ``first`` of which they do not."""
+
+    def __init__(self, sides: tuple[Side, Side], last: int | None, first: int, ranks: Ranks, scratch: Path) -> None:
+        self.sides, self.last, self.first, self.ranks, self.scratch = sides, last, first, ranks, scratch
+        self._made = 0
+
+    def find(self) -> Found:
+        """Do it. Raises UserError where that is not possible here, and says why."""
+        if self.last is None:
+            return self._first_weights()
+        begin, state = self._common_state(self.last)
+        found = Found(begin)
+        runs = {side.letter: self._trainer(side, self.last, state) for side in self.sides}
+        losses: dict[str, float] = {}
+        for step in range(self.last + 1, self.first + 1):
+            for side in self.sides:
+                run = runs[side.letter]
+                changed = side.record.at(step - 1) != side.record.at(self.last)  # as by a resume with other code
+                if changed and side.record.at(step - 1) != side.record.at(step - 2):
+                    run = runs[side.letter] = self._trainer(side, step - 1, self._state(run))
+                losses[side.letter] = run.train_step()
+            a, b = (pack(run.model, run.optimizer) for run in runs.values())
+            found.first = found.first or compare(step, a, b)
+            for side in self.sides:
+                self._look_at_files(side, step, runs[side.letter], found)
+        for side in self.sides:
+            computed = runs[side.letter].entry(losses[side.letter])
+            found.reproduced[side.letter] = not _unlike(side.record.said[self.first], computed)
+            found.unlike[side.letter] = _unlike_here(side.record, self.first, runs[side.letter])
+            if not found.reproduced[side.letter]:
+                found.goes_on[side.letter] = self._goes_on(side)
+        return found
+
+    def _first_weights(self) -> Found:
+        """Compare what both runs begin with: they agree nowhere."""
+        begins = {side.record.opening["begins"] for side in self.sides}
+        if begins != {self.first}:
+            raise UserError("the ledgers do not begin at the same step, and agree at none")
+        if self.first or any(side.record.opening.get("init") for side in self.sides):
+            raise UserError("they differ where they begin, and not from a seed: compare what they began from")
+        runs = [self._trainer(side, 0, None) for side in self.sides]
+        found = Found(0, compare(0, *(pack(run.model, run.optimizer) for run in runs)))
+        for side, run in zip(self.sides, runs, strict=True):
+            found.reproduced[side.letter] = not _unlike(side.record.said[0], run.entry())
+            found.unlike[side.letter] = _unlike_here(side.record, 0, run)
+        return found
+
+    def _common_state(self, step: int) -> tuple[int, "State"]:
+        """Return the step from which was computed again, and the state of both runs after ``step``.
+
+        It is computed once, from the newest checkpoint of either, or from the seed.
+        """
+        begins = [(saved.step, saved.path, side) for side in self.sides for saved in side.record.files]
+        begins += [
+            (0, None, side)
+            for side in self.sides
+            if side.record.opening["begins"] == 0 and not side.record.opening.get("init")
+        ]
+        begins = [begin for begin in begins if begin[0] <= step and begin[2].record.same(begin[0], step)]
+        if not begins:
+            raise UserError(f"there is no checkpoint of step {step} or before, and neither run began from its seed")
+        begin, path, side = max(begins, key=lambda each: each[0])
+        trainer = self._trainer(side, begin, _load(path) if path else None)
+        while trainer.step < step:
+            trainer.train_step()
+        if wrong := _unlike(side.record.said[step], trainer.entry()):
+            here = ", ".join(_unlike_here(side.record, step, trainer))
+            raise UserError(
+                f"step {step}, after which they agree, is computed here with other {', '.join(wrong)}"
+                + (f": other {here} than theirs" if here else ": neither can be trusted, or not this machine")
+            )
+        return begin, self._state(trainer)
+
+    def _trainer(self, side: Side, step: int, state: "State | None") -> Trainer:
+        """Return the run as it goes on after ``step``; from its seed without a ``state``."""
+        self._made += 1
+        folder = self.scratch / f"{side.letter}-{self._made}"
+        settings = side.record.at(step)["config"]
+        trainer = trainer_of(side.record, self.ranks, side.data, side.given, folder, Saved(0), settings)
+        if state is not None:
+            try:
+                unpack(state.arrays, trainer.model, trainer.optimizer)
+            except ValueError as error:
+                raise UserError(f"the state of step {step} does not fit {side.letter}: {error}") from None
+            trainer.step = trainer.optimizer.steps = state.step
+            if trainer.scale.moves and state.scale is not None:
+                trainer.scale.factor, trainer.scale.steady = state.scale
+        return trainer
+
+    def _state(self, run: Trainer) -> "State":
+        arrays = {name: array.copy() for name, array in pack(run.model, run.optimizer).items()}
+        return State(run.step, arrays, (run.scale.factor, run.scale.steady))
+
+    def _look_at_files(self, side: Side, step: int, run: Trainer, found: Found) -> None:
+        for saved in side.record.files:
+            if saved.step == step and saved.path is not None and side.letter not in found.in_files:
+                held, _ = checkpoint.load(saved.path)
+                if place := compare(step, pack(run.model, run.optimizer), held):
+                    found.in_files[side.letter] = place
+
+    def _goes_on(self, side: Side) -> bool | None:
+        """Return whether the entry after the next checkpoint of a run follows from it."""
+        said = side.record.said
+        for saved in sorted(side.record.files, key=lambda each: each.step):
+            later = [step for step in said if step > saved.step]
+            if saved.step >= self.first and saved.path is not None and later:
+                run = self._trainer(side, saved.step, _load(saved.path))
+                loss = 0.0
+                while run.step < min(later):
+                    loss = run.train_step()
+                return not _unlike(said[min(later)], run.entry(loss))
+        return None
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a run goes on from: arrays as a checkpoint has them, and the scale of its loss."""
+
+    step: int
+    arrays: Arrays
+    scale: tuple[float, int] | None
+
+
+def compare(step: int, a: Arrays, b: Arrays) -> Place | None:
+    """Return how the arrays of two runs differ after ``step``; None if they do not."""
+    names = [name for name in a.keys() | b.keys() if name not in a or name not in b or not _equal(a[name], b[name])]
+    ordered = sorted(names, key=lambda name: [*a, *b].index(name))
+    if not ordered:
+        return None
+    first = ordered[0]
+    if first not in a or first not in b or a[first].shape != b[first].shape:
+        shapes = [f"{arrays[first].shape}" if first in arrays else "none" for arrays in (a, b)]
+        return Place(step, tuple(map(_plain, ordered)), f"of shape {shapes[0]} and {shapes[1]}")
+    wrong = np.flatnonzero((_bits(a[first]) != _bits(b[first])).ravel())
+    units = np.abs(_bits(a[first]).ravel()[wrong] - _bits(b[first]).ravel()[wrong].astype(np.float64)).max()
+    size = "one unit in the last place" if units == 1 else f"{units:,.0f} units in the last place"
+    if units > MANY:
+        size = f"{np.abs(a[first] - b[first].astype(np.float64)).max():.2g}"
+    count = (
+        f"{len(wrong)} of {a[first].size} numbers by up to" if len(wrong) > 1 else f"1 of {a[first].size} numbers by"
+    )
+    text = f"{count} {size}, the first at {_index(a[first], int(wrong[0]))}"
+    return Place(step, tuple(map(_plain, ordered)), text)
+
+
+def _bits(array: Array) -> Array:
+    """Return floats as whole numbers that are one apart where they are neighbours."""
+    size = array.dtype.itemsize
+    bits = np.ascontiguousarray(array).view(np.int32 if size == 4 else np.int64).astype(np.int64)
+    return np.where(bits < 0, np.int64(-(1 << (8 * size - 1))) - bits, bits)
+
+
+def _equal(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def _index(array: Array, flat: int) -> tuple[int, ...]:
+    return tuple(int(index) for index in np.unravel_index(flat, array.shape))
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("model/")
+
+
+def _unlike(said: dict[str, Any], computed: dict[str, Any]) -> list[str]:
+    return [name for name in computed if said.get(name) != computed[name]]
+
+
+def _unlike_here(record: Record, step: int, run: Trainer) -> list[str]:
+    """Return what shapes a run at ``step`` otherwise than here."""
+    there = record.at(step)
+    return [name for name in HERE if run.shaping.get(name) != there.get(name)]
+
+
+def _load(path: Path) -> State:
+    arrays, attributes = checkpoint.load(path)
+    run = read_saved_run(path, attributes)
+    return State(run.step, arrays, (run.loss_scale[0], int(run.loss_scale[1])) if run.loss_scale else None)

@@ -1,0 +1,153 @@
+"""Comparing two fingerprints: the first call that takes the same and gives something else."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnnmpi.common.lines import Line, each_line
+from cnnmpi.distributed import UserError
+from cnnmpi.train.fingerprint import FINGERPRINT, VERSION
+
+Calls = dict[int | None, list[Line]]  # of a step: {shard: its calls in order}; None are those of all shards
+MOST_CALLS = 1_000_000  # in a step; a file with more is none of ours
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where two fingerprints part: in ``step``, at ``place`` of these ``shards``, in what it takes or ``gives``."""
+
+    step: int
+    place: str
+    shards: tuple[int, ...]  # none for what is of all shards
+    all_shards: bool
+    gives: bool
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = ", ".join(self.names)
+        where = "" if not self.shards else " of all shards" if self.all_shards else f" of shards {_listed(self.shards)}"
+        if not self.names:
+            return f"step {self.step}{where}: other calls, from {self.place} on"
+        if self.gives:
+            return f"step {self.step}, {self.place}{where}: takes the same, and gives other {names}"
+        return f"step {self.step}, {self.place}{where}: takes other {names}, and all before it is the same"
+
+    def points_to(self) -> str:
+        """Return what that means, in words."""
+        some = "" if self.all_shards or not self.shards else ", on the ranks that have these shards"
+        if not self.names:
+            return "another network, or another number of shards"
+        if self.place == "batch":
+            return f"the data, their augmentation, or how they were read{some}"
+        if self.place == "update":
+            return "another learning rate" if not self.gives else "settings of the optimizer, or what computes it"
+        if self.place == "reduce":
+            return "the sum over the ranks: their network, or how they add"
+        if self.gives:
+            return f"what computes this: kernels, versions, code, or a failing host{some}"
+        if set(self.names) & {"input", "dout", "logits", "targets", "gradient", "statistics", "sums"}:
+            return f"what is computed between two layers: code of a network's own, or memory that was overwritten{some}"
+        return f"weights that changed after the update of step {self.step - 1}: by other code, or failing memory{some}"
+
+
+def first_parting(a: Path, b: Path) -> tuple[Parting | None, int]:
+    """Return where two files part, None if they do not, and how many steps both have. Raises UserError."""
+    compared = 0
+    for step, ours, theirs in _both(_steps(a), _steps(b)):
+        compared += 1
+        if (found := _parting(step, ours, theirs)) is not None:
+            return found, compared
+    return None, compared
+
+
+def head(path: Path) -> Line:
+    """Return the first line of a fingerprint: what shapes its run. Raises UserError for another file."""
+    try:
+        first = next(each_line(path), (b"", None))[1]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if first is None or first.get("fingerprint") != VERSION:
+        raise UserError(f"{path}: not a fingerprint of version {VERSION}")
+    return first
+
+
+def path_in(folder: Path) -> Path | None:
+    """Return the fingerprint in the folder of a run; None without."""
+    return folder / FINGERPRINT if (folder / FINGERPRINT).exists() else None
+
+
+def _steps(path: Path) -> Iterator[tuple[int, Calls]]:
+    """Yield each step of a file, and its calls; of what a kill has cut off, only whole steps."""
+    head(path)
+    step, calls, count = 0, Calls(), 0
+    for number, (_, line) in enumerate(each_line(path), 1):
+        if number == 1:
+            continue
+        if line is None:  # torn, or damaged: what follows cannot be trusted
+            return
+        if not _is_call(line):
+            raise UserError(f"{path}: line {number} is no call")
+        if line["step"] != step:
+            if line["step"] < step:
+                raise UserError(f"{path}: line {number} goes back to step {line['step']}")
+            step, calls, count = line["step"], Calls(), 0
+        count += 1
+        if count > MOST_CALLS:
+            raise UserError(f"{path}: step {step} has more than {MOST_CALLS} calls")
+        calls.setdefault(line["shard"], []).append(line)
+        if line["place"] == "update":
+            yield step, calls
+
+
+def _is_call(line: Line) -> bool:
+    return (
+        type(line.get("step")) is int
+        and (line.get("shard") is None or type(line.get("shard")) is int)
+        and isinstance(line.get("place"), str)
+        and isinstance(line.get("takes"), dict)
+        and isinstance(line.get("gives"), dict)
+    )
+
+
+def _both(a: Iterator[tuple[int, Calls]], b: Iterator[tuple[int, Calls]]) -> Iterator[tuple[int, Calls, Calls]]:
+    """Yield the steps that are in both, which are in order."""
+    ours, theirs = next(a, None), next(b, None)
+    while ours and theirs:
+        if ours[0] == theirs[0]:
+            yield ours[0], ours[1], theirs[1]
+            ours, theirs = next(a, None), next(b, None)
+        elif ours[0] < theirs[0]:
+            ours = next(a, None)
+        else:
+            theirs = next(b, None)
+
+
+def _parting(step: int, ours: Calls, theirs: Calls) -> Parting | None:
+    """Return the earliest difference of any shard, else of what follows all shards."""
+    shards = [shard for shard in ours if shard is not None]
+    first = {shard: _difference(ours[shard], theirs.get(shard, [])) for shard in [*shards, None] if shard in ours}
+    different = {shard: found for shard, found in first.items() if found is not None}
+    of_shards = {shard: found for shard, found in different.items() if shard is not None}
+    if not different:
+        return None
+    index, place, gives, names = min(of_shards.values()) if of_shards else different[None]
+    alike = tuple(shard for shard, found in of_shards.items() if found == (index, place, gives, names))
+    return Parting(step, place, alike, len(alike) == len(shards), gives, names)
+
+
+def _difference(ours: list[Line], theirs: list[Line]) -> tuple[int, str, bool, tuple[str, ...]] | None:
+    """Return (number of the call, place, whether it gives other values, their names) of the first difference."""
+    for index, call in enumerate(ours):
+        other: dict[str, Any] = theirs[index] if index < len(theirs) else {}
+        if other.get("place") != call["place"]:
+            return index, call["place"], False, ()
+        for gives, kind in ((False, "takes"), (True, "gives")):
+            names = [*call[kind], *(other[kind].keys() - call[kind].keys())]
+            if wrong := tuple(name for name in names if call[kind].get(name) != other[kind].get(name)):
+                return index, call["place"], gives, wrong
+    return None if len(theirs) <= len(ours) else (len(ours), theirs[len(ours)]["place"], False, ())
+
+
+def _listed(shards: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shards))
