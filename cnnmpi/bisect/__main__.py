@@ -199,7 +199,9 @@ class Comparison:
         for letter in wrong:
             # what is otherwise here does not matter where it did not for the other run
             unlike = [
-                name for name in found.unlike[letter] if len(wrong) == 2 or a.at(first)[name] != b.at(first)[name]
+                name
+                for name in found.unlike[letter]
+                if len(wrong) == 2 or a.at(first).get(name) != b.at(first).get(name)
             ]
             if not unlike and letter in found.in_files:
                 self.say(f"the first difference that {letter}'s files show: {found.in_files[letter]}")
