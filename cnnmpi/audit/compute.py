@@ -28,13 +28,16 @@ from cnnmpi.train.state import pack, unpack
 OF_A_RUN = ("model_options", "classes", "mean", "std", "data_fit", "data_archive_sha256")  # in its checkpoints
 
 
-def data_of_run(record: Record, ranks: Ranks, spec: str | None) -> Data | None:
-    """Return the data of the run, or what ``spec`` means, every byte of which was looked at; None for other data."""
+def data_of_run(record: Record, ranks: Ranks, spec: str | None, flag: str = "--data") -> Data | None:
+    """Return the data of the run, or what ``spec`` means, every byte of which was looked at; None for other data.
+
+    Raises UserError where there are none; ``flag`` is what names them.
+    """
 
     def look() -> tuple[str, str]:
         with open_regular(record.folder / "config.toml") as file:
             settings = tomllib.loads(file.read(1 << 20).decode(errors="surrogateescape"))
-        where = data_of(settings.get("data")) if spec is None else spec
+        where = data_of(settings.get("data"), flag) if spec is None else spec
         try:
             found = open_data(where, Ranks(), lambda text: None)
             return where, found.dataset.digest()

@@ -20,7 +20,7 @@ from cnnmpi.bisect import fingerprints
 from cnnmpi.bisect.again import Again, Found, Side, parting
 from cnnmpi.bisect.shaping import PLATFORM, changes, differences, other_data
 from cnnmpi.console import command, complain, printable, table
-from cnnmpi.distributed import Ranks, UserError, failing_together, start
+from cnnmpi.distributed import Ranks, RemoteError, UserError, failing_together, start
 from cnnmpi.train.inputs import Data
 from cnnmpi.train.ledger import LEDGER
 
@@ -122,7 +122,7 @@ class Comparison:
             sides = self._sides((a, b), owns, threads)
             with scratch_folder(self.ranks) as scratch:
                 found = Again(sides, last, first, self.ranks, scratch).find()
-        except UserError as error:
+        except (UserError, RemoteError) as error:  # of rank 0, or of all
             self.say(f"NOT COMPUTED AGAIN: {error}")
             self._advise(a, b, last, first)
             return PART
@@ -166,12 +166,12 @@ class Comparison:
         for letter, record, own in zip("AB", records, owns, strict=True):
             if datas and record.opening["data_sha256"] == datas[0].sha256:
                 datas.append(datas[0])
-            elif (data := data_of_run(record, self.ranks, own.get("data"))) is not None:
-                datas.append(data)
-            else:
-                what, _, words = record.rows[-1]
-                flag = "--data" if letter == "A" else "--other-data"
-                raise UserError(f"{what} of {letter}: {words}: name its own by {flag}")
+                continue
+            flag = "--data" if letter == "A" else "--other-data"
+            data = data_of_run(record, self.ranks, own.get("data"), flag)
+            if data is None:
+                raise UserError(f"data of {letter}: {record.rows[-1][2]}: name its own by {flag}")
+            datas.append(data)
         if datas[0] is not datas[1]:
             self.say("data: " + self.ranks.on_rank0(lambda: other_data(datas[0], datas[1])))
         sides = [

@@ -39,7 +39,8 @@ class Place:
     text: str
 
     def __str__(self) -> str:
-        others = f", and {len(self.names) - 1} other arrays" if len(self.names) > 1 else ""
+        more = len(self.names) - 1
+        others = f", and {more} other array{'s' * (more > 1)}" if more else ""
         return f"step {self.step}, {self.names[0]}: {self.text}{others}"
 
 
@@ -209,11 +210,15 @@ def compare(step: int, a: Arrays, b: Arrays) -> Place | None:
     if first not in a or first not in b or a[first].shape != b[first].shape:
         shapes = [f"{arrays[first].shape}" if first in arrays else "none" for arrays in (a, b)]
         return Place(step, tuple(map(_plain, ordered)), f"of shape {shapes[0]} and {shapes[1]}")
-    wrong = np.flatnonzero((_bits(a[first]) != _bits(b[first])).ravel())
-    units = np.abs(_bits(a[first]).ravel()[wrong] - _bits(b[first]).ravel()[wrong].astype(np.float64)).max()
+    ours, theirs = (np.ascontiguousarray(arrays[first]).ravel() for arrays in (a, b))
+    kind = np.int32 if ours.dtype.itemsize == 4 else np.int64
+    wrong = np.flatnonzero(ours.view(kind) != theirs.view(kind))
+    units = np.abs(_ordered(ours[wrong]) - _ordered(theirs[wrong]).astype(np.float64)).max()
     size = "one unit in the last place" if units == 1 else f"{units:,.0f} units in the last place"
+    if units == 0:
+        size = "the sign of a zero"
     if units > MANY:
-        size = f"{np.abs(a[first] - b[first].astype(np.float64)).max():.2g}"
+        size = f"{np.abs(ours - theirs.astype(np.float64)).max():.2g}"
     count = (
         f"{len(wrong)} of {a[first].size} numbers by up to" if len(wrong) > 1 else f"1 of {a[first].size} numbers by"
     )
@@ -221,10 +226,10 @@ def compare(step: int, a: Arrays, b: Arrays) -> Place | None:
     return Place(step, tuple(map(_plain, ordered)), text)
 
 
-def _bits(array: Array) -> Array:
-    """Return floats as whole numbers that are one apart where they are neighbours."""
-    size = array.dtype.itemsize
-    bits = np.ascontiguousarray(array).view(np.int32 if size == 4 else np.int64).astype(np.int64)
+def _ordered(numbers: Array) -> Array:
+    """Return floats (N,) as whole numbers that are one apart where they are neighbours; of both zeros 0."""
+    size = numbers.dtype.itemsize
+    bits = numbers.view(np.int32 if size == 4 else np.int64).astype(np.int64)
     return np.where(bits < 0, np.int64(-(1 << (8 * size - 1))) - bits, bits)
 
 

@@ -26,7 +26,7 @@ class Parting:
 
     def __str__(self) -> str:
         names = ", ".join(self.names)
-        where = "" if not self.shards else " of all shards" if self.all_shards else f" of shards {_listed(self.shards)}"
+        where = "" if not self.shards else " of all shards" if self.all_shards else f" of {_listed(self.shards)}"
         if not self.names:
             return f"step {self.step}{where}: other calls, from {self.place} on"
         if self.gives:
@@ -35,7 +35,7 @@ class Parting:
 
     def points_to(self) -> str:
         """Return what that means, in words."""
-        some = "" if self.all_shards or not self.shards else ", on the ranks that have these shards"
+        some = "" if self.all_shards or not self.shards else f", on the rank of {_listed(self.shards)}"
         if not self.names:
             return "another network, or another number of shards"
         if self.place == "batch":
@@ -150,4 +150,4 @@ def _difference(ours: list[Line], theirs: list[Line]) -> tuple[int, str, bool, t
 
 
 def _listed(shards: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shards))
+    return f"shard{'s' * (len(shards) > 1)} {', '.join(map(str, shards))}"

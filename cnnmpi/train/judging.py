@@ -87,13 +87,13 @@ def judge(
     return Judgement(trained, dataset, found.sha256, part, result)
 
 
-def data_of(setting: Any) -> str:
-    """Return the data of a run, if they are still where its settings say. Raises UserError."""
+def data_of(setting: Any, flag: str = "--data") -> str:
+    """Return the data of a run, if they are still where its settings say. Raises UserError; ``flag`` names others."""
     if setting == "synthetic":
         return "synthetic"
     path = CIFAR10 if setting in ("auto", "cifar10") else Path(str(setting))
     if not path.exists():
-        raise UserError(f"its data ({setting}) are not here: name them by --data")
+        raise UserError(f"its data ({setting}) are not here: name them by {flag}")
     return str(path)
 
 
