@@ -82,7 +82,7 @@ def test_a_single_fault_is_told_from_a_lasting_one(every, last, first, whole, da
         out = capsys.readouterr().out
         assert "what shapes them is the same at their beginning" in out
         assert f"they agree up to step {last} and part at step {first}: other " in out
-        assert "A's entry is not what it gives, B's entry is what it gives" in out
+        assert "computed again from step 10: A's entry is not what it gives, B's entry is what it gives" in out
         words = "a single fault" if name == "single" else "other code or settings than its ledger names, or a host"
         assert f"which points to A: {words}" in out
         assert f"--fingerprint {last + 1}:{first} --max-steps {first}" in out
