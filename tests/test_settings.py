@@ -461,6 +461,16 @@ def enters(bench: Bench, field: str, value: Any) -> None:
     assert steps(value) == [None, 0, 2, 3, 4, 6] and steps(0) == []  # an epoch has three
 
 
+def takes_fingerprints(bench: Bench, field: str, value: Any) -> None:
+    def steps(wanted: str | None) -> set[int]:
+        trainer = bench.trainer(fingerprint=wanted, batch_size=16, out=bench.folder / str(wanted))
+        assert trainer.run() == 0
+        path = trainer.out / "fingerprint.jsonl"
+        return {json.loads(line).get("step") for line in path.read_text().splitlines()} if path.exists() else set()
+
+    assert steps(value) == {None, 2, 3} and steps(None) == set()
+
+
 def writes_down(bench: Bench, field: str, value: Any) -> None:
     def seen(every: int) -> list[int]:
         trainer = bench.trainer(log_every=every, batch_size=16, out=bench.folder / str(every))
@@ -676,6 +686,7 @@ ROWS: dict[str, list[tuple[Any, Check]]] = {
     "keep_every": [(1, keeps)],
     "keep_last": [(2, keeps)],
     "ledger_every": [(2, enters)],
+    "fingerprint": [("2:3", takes_fingerprints)],
     "log_every": [(2, writes_down)],
     "tensorboard": [(True, leaves_events)],
     "report": [(False, leaves_a_page)],
