@@ -10,8 +10,6 @@ result is that of an undisturbed run, to the bit.
 
 import contextlib
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +24,7 @@ from typing import Any
 import tyro
 
 from cnnmpi import console
-from cnnmpi.distributed import UserError
+from cnnmpi.distributed import UserError, find_launcher, split_words
 from cnnmpi.machine import usable_cores
 from cnnmpi.train.code import Code
 from cnnmpi.train.config import DEFAULTS, continued, parse, resolve
@@ -77,10 +75,13 @@ def read_hosts(path: Path) -> dict[str, int]:
 
 
 def answering(hosts: dict[str, int], probe: str) -> dict[str, int]:
-    """Return those of ``hosts`` for which the command ``probe`` succeeds within 30 seconds."""
+    """Return those of ``hosts`` for which the command ``probe`` succeeds within 30 seconds. Raises UserError."""
+    words = split_words("--probe", probe)
+    if not words:
+        raise UserError("--probe is empty; expected a command that succeeds if a host answers")
 
     def answers(host: str) -> bool:
-        command = [word.replace("{host}", host) for word in shlex.split(probe)]
+        command = [word.replace("{host}", host) for word in words]
         try:
             return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30).returncode == 0
         except (OSError, subprocess.TimeoutExpired):
@@ -92,11 +93,8 @@ def answering(hosts: dict[str, int], probe: str) -> dict[str, int]:
 
 
 def launcher(config: Elastic, ranks: int, hosts: dict[str, int], folder: Path) -> list[str]:
-    """Return the beginning of the command line: mpirun, the number of ranks, the hosts."""
-    command = shlex.split(config.mpirun)
-    if not command or shutil.which(command[0]) is None:
-        raise UserError(f"--mpirun {config.mpirun}: no such command; pip install 'cnnmpi[mpich]' brings mpirun")
-    command += ["-n", str(ranks)]
+    """Return the beginning of the command line: mpirun, the number of ranks, the hosts. Raises UserError."""
+    command = [*find_launcher(config.mpirun), "-n", str(ranks)]
     if hosts:
         try:
             asked = subprocess.run([command[0], "--version"], capture_output=True, timeout=60)

@@ -11,7 +11,6 @@ study that was stopped goes on when it is started again.
 import json
 import math
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError, write_atomically
 from cnnmpi.common.lines import read_lines
 from cnnmpi.console import command, complain, is_script, parted, printable, progress
-from cnnmpi.distributed import UserError
+from cnnmpi.distributed import UserError, find_launcher, split_words
 from cnnmpi.machine import usable_cores
 from cnnmpi.report import METRICS
 
@@ -54,7 +53,7 @@ class Study:
     jobs: int = 1
     """Runs side by side, which share the cores."""
     mpirun: str = "mpirun"
-    """The launcher of runs with several ranks."""
+    """The launcher of runs with several ranks, with any arguments of its own."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Runs:
 
     def _start(self, seed: int, out: Path) -> None:
         study = self.study
-        words = [*shlex.split(study.mpirun), "-n", str(study.ranks)] if study.ranks > 1 else []
+        words = [*find_launcher(study.mpirun), "-n", str(study.ranks)] if study.ranks > 1 else []
         words += [sys.executable, *([] if is_script(self.arguments) else ["-m", "cnnmpi.train"]), *self.arguments]
         words += ["--seed", str(seed), "--out", str(out), "--resume"]
         if not any(word.startswith("--threads") for word in self.arguments):
@@ -161,7 +160,7 @@ class Runs:
 def conduct(study: Study, arguments: Sequence[str]) -> str:
     """Do a study and return what it found, as Markdown; study.md and study.json hold it, too. Raises UserError."""
     _check(study, arguments)
-    more = shlex.split(study.against) if study.against is not None else None
+    more = split_words("--against", study.against) if study.against is not None else None
     _claim(study, arguments)
     sets = [Runs(study, study.out / "a", arguments)]
     if more is not None:
@@ -199,13 +198,13 @@ def conduct(study: Study, arguments: Sequence[str]) -> str:
 
 
 def _check(study: Study, arguments: Sequence[str]) -> None:
-    against = shlex.split(study.against or "")
+    against = split_words("--against", study.against or "")
     if study.runs < 1 or study.ranks < 1 or study.jobs < 1:
         raise UserError("--runs, --ranks and --jobs must be at least 1")
     if taken := sorted({word.partition("=")[0] for word in [*arguments, *against]} & COMMON):
         raise UserError(f"a study sets {', '.join(taken)} itself: leave them out")
-    if study.ranks > 1 and shutil.which((shlex.split(study.mpirun) or [""])[0]) is None:
-        raise UserError(f"--mpirun {study.mpirun}: no such command; pip install 'cnnmpi[mpich]' brings mpirun")
+    if study.ranks > 1:
+        find_launcher(study.mpirun)
 
 
 def _claim(study: Study, arguments: Sequence[str]) -> None:

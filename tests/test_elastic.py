@@ -135,8 +135,14 @@ def test_a_bad_command_line_or_launcher_ends_in_one_line(tmp_path, capsys):
     launcher = tmp_path / "mpirun"
     launcher.write_bytes(b"\x00\x01 no program")
     launcher.chmod(0o755)
+    (tmp_path / "hosts").write_text("a\n")
+    hosts = ["--hosts", str(tmp_path / "hosts")]
     for arguments, text in [
         (["--mpirun", str(launcher), "--", "--out", str(tmp_path / "run")], "cannot be started"),
+        (["--mpirun", "gone -n"], "--mpirun gone -n: no such command"),
+        (["--mpirun", "a 'b"], "--mpirun a 'b: no closing quotation"),
+        ([*hosts, "--probe", "a 'b"], "--probe a 'b: no closing quotation"),
+        ([*hosts, "--probe", ""], "--probe is empty"),
         (["--mpirun", str(launcher), "--", "--shards", "0"], "--shards must be"),
         (["--mpirun", str(launcher), "--", "--config", "nowhere.toml"], "nowhere.toml"),
     ]:

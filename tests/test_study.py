@@ -107,6 +107,8 @@ def test_a_study_that_is_stopped_goes_on(data, tmp_path):
         (["--", "--seed", "3"], "a study sets --seed itself: leave them out"),
         (["--against=--out=x"], "a study sets --out itself"),
         (["--ranks", "2", "--mpirun", "gone"], "--mpirun gone: no such command"),
+        (["--ranks", "2", "--mpirun", "a 'b"], "--mpirun a 'b: no closing quotation"),
+        (["--against=a 'b"], "--against a 'b: no closing quotation"),
         (["--", "--lr", "-1"], "seed 0 ended with code 2: cnnmpi: error: --lr must be a number of at least 0"),
     ],
 )
