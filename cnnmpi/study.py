@@ -31,6 +31,7 @@ from cnnmpi.console import command, complain, is_script, parted, printable, prog
 from cnnmpi.distributed import UserError, find_launcher, split_words
 from cnnmpi.machine import usable_cores
 from cnnmpi.report import METRICS
+from cnnmpi.train.jobs import Jobs
 
 PROGRAM = "cnnmpi.study"
 STOPPED = 75  # the exit code of a run that was asked to stop, and can be resumed
@@ -106,13 +107,16 @@ def student(df: int, level: float = 0.95) -> float:
 
 
 class Runs:
-    """The runs of one set of settings, each in a folder of its own below ``folder``."""
+    """The runs of one set of settings, each a job of ``jobs`` in a folder of its own below ``folder``."""
 
-    def __init__(self, study: Study, folder: Path, arguments: Sequence[str]) -> None:
-        self.study, self.folder, self.arguments = study, folder, list(arguments)
+    def __init__(self, study: Study, folder: Path, arguments: Sequence[str], jobs: Jobs) -> None:
+        self.study, self.folder, self.arguments, self.jobs = study, folder, list(arguments), jobs
 
     def train(self, seed: int) -> Outcome:
-        """Return the outcome of a seed, which is trained if it has not been. Raises UserError."""
+        """Return the outcome of a seed, which is trained if it has not been.
+
+        Raises UserError, and KeyboardInterrupt where the run was asked to stop.
+        """
         out, done = self.folder / f"seed-{seed}", self.folder / f"seed-{seed}.json"
         if not done.exists():
             out.mkdir(parents=True, exist_ok=True)
@@ -132,16 +136,14 @@ class Runs:
             words += ["--threads", str(max(1, usable_cores() // (study.ranks * study.jobs)))]
         with (self.folder / f"seed-{seed}.log").open("ab") as log:
             try:
-                job = subprocess.run(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
+                code = self.jobs.run(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
             except OSError as error:
                 raise UserError(f"{words[0]} cannot be started: {error.strerror}") from None
-        if job.returncode == STOPPED:
+        if code == STOPPED or (code and self.jobs.asked):
             raise KeyboardInterrupt
-        if job.returncode:
+        if code:
             said = (self.folder / f"seed-{seed}.log").read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(
-                f"seed {seed} ended with code {job.returncode}: {' '.join(said)} ({log.name} has all of it)"
-            )
+            raise UserError(f"seed {seed} ended with code {code}: {' '.join(said)} ({log.name} has all of it)")
 
     def _look(self, seed: int, out: Path) -> Outcome:
         """Return what a run that is done has left."""
@@ -158,19 +160,23 @@ class Runs:
 
 
 def conduct(study: Study, arguments: Sequence[str]) -> str:
-    """Do a study and return what it found, as Markdown; study.md and study.json hold it, too. Raises UserError."""
+    """Do a study and return what it found, as Markdown; study.md and study.json hold it, too.
+
+    Raises UserError, and KeyboardInterrupt where a signal asked for a stop: its runs have ended then.
+    """
     _check(study, arguments)
     more = split_words("--against", study.against) if study.against is not None else None
     _claim(study, arguments)
-    sets = [Runs(study, study.out / "a", arguments)]
+    jobs = Jobs()
+    sets = [Runs(study, study.out / "a", arguments, jobs)]
     if more is not None:
-        sets.append(Runs(study, study.out / "b", [*arguments, *more]))
-    jobs = [(runs, seed) for seed in range(study.runs) for runs in sets]
+        sets.append(Runs(study, study.out / "b", [*arguments, *more], jobs))
+    pairs = [(runs, seed) for seed in range(study.runs) for runs in sets]
     outcomes: list[Outcome] = []
     stop = threading.Event()
 
     def one(runs: Runs, seed: int) -> Outcome | None:
-        if stop.is_set():
+        if stop.is_set() or jobs.asked:
             return None
         try:
             return runs.train(seed)
@@ -178,15 +184,17 @@ def conduct(study: Study, arguments: Sequence[str]) -> str:
             stop.set()
             raise
 
-    with ThreadPoolExecutor(study.jobs) as pool, progress(len(jobs), PROGRAM, "runs") as advance:
+    with jobs, ThreadPoolExecutor(study.jobs) as pool, progress(len(pairs), PROGRAM, "runs") as advance:
         try:
-            for future in [pool.submit(one, runs, seed) for runs, seed in jobs]:
+            for future in [pool.submit(one, runs, seed) for runs, seed in pairs]:
                 if (outcome := future.result()) is not None:
                     outcomes.append(outcome)
                 advance(1)
-        except BaseException:  # Ctrl-C, too: no further run begins
+        except BaseException:  # no further run begins
             stop.set()
             raise
+    if len(outcomes) < len(pairs):
+        raise KeyboardInterrupt
     if len(measures := {outcome.measure for outcome in outcomes}) > 1:
         raise UserError(f"the runs have {' and '.join(sorted(measures))}, which cannot be compared")
     found = [outcomes[index :: len(sets)] for index in range(len(sets))]

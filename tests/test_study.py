@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cnnmpi.study import Outcome, Spread, main, student, told
-from tests.jobs import HANGS_S, command, needs_mpirun, run, wait_until
+from tests.jobs import HANGS_S, command, needs_mpirun, rank_pids, run, wait_until
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -73,30 +73,47 @@ def test_a_study_trains_each_seed_once(data, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n| 2 | ") == 2
 
 
+# pauses after each step as long as it is told to
+SCRIPT = """
+import os, sys, time, cnnmpi
+if __name__ == "__main__":
+    sys.exit(cnnmpi.fit("simplecnn", on_step=lambda run, loss: time.sleep(float(os.environ.get("PAUSE", "0")))))
+"""
+
+
 @pytest.mark.fault
-def test_a_study_that_is_stopped_goes_on(data, tmp_path):
-    out = tmp_path / "study"
-    words = [
-        sys.executable,
-        "-m",
-        "cnnmpi.study",
-        "--runs",
-        "2",
-        "--out",
-        str(out),
-        "--",
-        *arguments(data, "--epochs", "40"),
-    ]
-    job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_until(lambda: (out / "a" / "seed-0" / "previous.h5").exists(), job)
-    job.send_signal(signal.SIGINT)
-    subprocess.run(["pkill", "-INT", "-f", str(out / "a" / "seed-0")], check=False)  # as a terminal tells all of them
+@pytest.mark.parametrize("number, side_by_side", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_study_that_is_stopped_stops_its_runs_and_goes_on(number, side_by_side, data, tmp_path, monkeypatch):
+    out, script = tmp_path / "study", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    training = [str(script), *arguments(data, "--epochs", "1", "--checkpoint-every", "1")]
+    words = [sys.executable, "-m", "cnnmpi.study", "--runs", "2", "--out", str(out), "--jobs", str(side_by_side)]
+    begun = [out / "a" / f"seed-{seed}" for seed in range(side_by_side)]
+    with monkeypatch.context() as slow:
+        slow.setenv("PAUSE", "0.5")
+        job = subprocess.Popen([*words, "--", *training], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: all((folder / "previous.h5").exists() for folder in begun), job)
+    job.send_signal(number)
     _, err = job.communicate(timeout=HANGS_S)
-    assert job.returncode in (75, 130) and not (out / "study.md").exists(), err
-    result = run(*words)
+    assert job.returncode == 75 and err == f"cnnmpi.study: error: stopped: start it again, and it goes on in {out}\n"
+    assert not any(rank_pids(folder) for folder in begun) and not (out / "study.md").exists()
+    assert [folder.name for folder in sorted((out / "a").glob("seed-?"))] == [folder.name for folder in begun]
+    result = run(*words, "--", *training)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n| ") == 3
-    assert len((out / "a" / "seed-0" / "starts.jsonl").read_text().splitlines()) == 2
+    assert all(len((folder / "starts.jsonl").read_text().splitlines()) == 2 for folder in begun)
+
+
+@pytest.mark.fault
+def test_a_run_that_a_signal_ends_before_it_can_save_is_no_error(tmp_path):
+    script, up = tmp_path / "script.py", tmp_path / "up"
+    script.write_text(f"import time\nopen({str(up)!r}, 'w').close()\ntime.sleep(600)\n")
+    words = [sys.executable, "-m", "cnnmpi.study", "--out", str(tmp_path / "study"), "--", str(script)]
+    job = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_until(up.exists, job)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=HANGS_S)
+    assert job.returncode == 75 and "stopped: start it again" in err and err.count("\n") == 1
 
 
 @pytest.mark.fault
