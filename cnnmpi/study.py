@@ -8,6 +8,7 @@ What follows ``--`` is for cnnmpi.train, or is a script of your own that calls `
 study that was stopped goes on when it is started again.
 """
 
+import hashlib
 import json
 import math
 import shlex
@@ -17,7 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ from cnnmpi.distributed import UserError, find_launcher, split_words
 from cnnmpi.machine import usable_cores
 from cnnmpi.report import METRICS
 from cnnmpi.train.jobs import Jobs
+from cnnmpi.train.ledger import LEDGER, BrokenChainError, entries
 
 PROGRAM = "cnnmpi.study"
 STOPPED = 75  # the exit code of a run that was asked to stop, and can be resumed
 MEASURES = ("val_acc", "test_acc", "val_loss", "test_loss")  # the first that a run has is compared
 COMMON = {"--seed", "--out", "--resume"}  # what a study sets itself
+# what must be the same in all runs of a set: of their ledgers, what is not the seed's; and the script, hooks included
+SHAPING = ("config", "data_sha256", "network", "code", "script", "sources_sha256", "versions", "kernels")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ended in: its ``value`` is that of the study's measure."""
+    """What a run ended in: its ``value`` is that of the study's measure.
+
+    ``shaped`` is what ``shaping`` finds in its ledger, and the sha256 of its script; {} without a ledger.
+    """
 
     seed: int
     measure: str
@@ -67,6 +74,7 @@ class Outcome:
     minutes: float
     weights: str
     ledger: str
+    shaped: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,15 +125,48 @@ class Runs:
 
         Raises UserError, and KeyboardInterrupt where the run was asked to stop.
         """
-        out, done = self.folder / f"seed-{seed}", self.folder / f"seed-{seed}.json"
+        out, done = self.folder / f"seed-{seed}", self._done(seed)
         if not done.exists():
             out.mkdir(parents=True, exist_ok=True)
+            script = self._script()
             self._start(seed, out)
-            write_atomically(done, json.dumps(vars(self._look(seed, out)), indent=1).encode())
+            write_atomically(done, json.dumps(vars(self.look(seed, out, script)), indent=1).encode())
+            self.compare()
+        return self._read(done)
+
+    def compare(self) -> None:
+        """Compare what shaped those runs that are done. Raises UserError where that was not the same throughout."""
+        paths = [self._done(seed) for seed in range(self.study.runs)]
+        done = [outcome for path in paths if path.exists() and (outcome := self._read(path)).shaped]
+        changed = [name for name in SHAPING if len({each for outcome in done for each in _texts(outcome, name)}) > 1]
+        if not changed:
+            return
+        alike: dict[str, list[int]] = {}
+        for outcome in done:
+            alike.setdefault(json.dumps(outcome.shaped, sort_keys=True), []).append(outcome.seed)
+        within = [outcome.seed for outcome in done if any(len(values) > 1 for values in outcome.shaped.values())]
+        names = ", ".join(changed)
+        if within:
+            what = f"{names} changed while {_seeds(within)} ran"
+        else:
+            what = f"{' and '.join(map(_seeds, alike.values()))} differ in {names}"
+        raise UserError(
+            f"{self.folder}: {what}: remove seed-N and seed-N.json of those that are to be trained again, or name "
+            "another --out"
+        )
+
+    def _done(self, seed: int) -> Path:
+        return self.folder / f"seed-{seed}.json"
+
+    def _read(self, done: Path) -> Outcome:
         try:
             return Outcome(**json.loads(done.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{done}: cannot be used ({error}): remove it, and the run is looked at again") from None
+
+    def _script(self) -> dict[str, list[Any]]:
+        path = Path(self.arguments[0]) if is_script(self.arguments) else None
+        return {"script": [hashlib.sha256(path.read_bytes()).hexdigest()]} if path and path.is_file() else {}
 
     def _start(self, seed: int, out: Path) -> None:
         study = self.study
@@ -145,8 +186,8 @@ class Runs:
             said = (self.folder / f"seed-{seed}.log").read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"seed {seed} ended with code {code}: {' '.join(said)} ({log.name} has all of it)")
 
-    def _look(self, seed: int, out: Path) -> Outcome:
-        """Return what a run that is done has left."""
+    def look(self, seed: int, out: Path, script: dict[str, list[Any]]) -> Outcome:
+        """Return what the run in the folder ``out`` has left, now that it is done. Raises UserError."""
         try:
             lines, _ = read_lines(out / METRICS)
             _, attributes = checkpoint.load(out / "last.h5")
@@ -154,9 +195,36 @@ class Runs:
             measure = next(name for name in MEASURES if isinstance(last.get(name), float | int))
         except (OSError, CheckpointError, IndexError, StopIteration) as error:
             raise UserError(f"{out}: the run left no result: {error}") from None
+        try:
+            shaped = shaping(out / LEDGER) | script if (out / LEDGER).exists() else {}
+        except (OSError, BrokenChainError) as error:
+            raise UserError(f"{error}: remove {out}, and it is trained again") from None
         minutes = sum(float(line.get("seconds", 0)) for line in lines) / 60
         weights, ledger = (str(attributes.get(name, "")) for name in ("weights_sha256", "ledger"))
-        return Outcome(seed, measure, float(last[measure]), minutes, weights, ledger)
+        return Outcome(seed, measure, float(last[measure]), minutes, weights, ledger, shaped)
+
+
+def shaping(ledger: Path) -> dict[str, list[Any]]:
+    """Return for each name of SHAPING its values in a ledger: more than one if a resumed run was shaped otherwise.
+
+    Raises BrokenChainError and OSError.
+    """
+    found: dict[str, list[Any]] = {}
+    for entry in entries(ledger, torn=True):
+        for name in [name for name in SHAPING if name in entry.says]:
+            value = entry.says[name]
+            if name == "config":
+                value = {setting: each for setting, each in value.items() if setting != "seed"}
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _texts(outcome: Outcome, name: str) -> list[str]:
+    return [json.dumps(value, sort_keys=True) for value in outcome.shaped.get(name, [])]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def conduct(study: Study, arguments: Sequence[str]) -> str:
@@ -171,6 +239,8 @@ def conduct(study: Study, arguments: Sequence[str]) -> str:
     sets = [Runs(study, study.out / "a", arguments, jobs)]
     if more is not None:
         sets.append(Runs(study, study.out / "b", [*arguments, *more], jobs))
+    for runs in sets:
+        runs.compare()
     pairs = [(runs, seed) for seed in range(study.runs) for runs in sets]
     outcomes: list[Outcome] = []
     stop = threading.Event()

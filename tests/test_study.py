@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnmpi.study import Outcome, Spread, main, student, told
+from cnnmpi.distributed import UserError
+from cnnmpi.study import SHAPING, Outcome, Runs, Spread, Study, main, shaping, student, told
+from cnnmpi.train.jobs import Jobs
+from cnnmpi.train.ledger import Ledger
 from tests.jobs import HANGS_S, command, needs_mpirun, rank_pids, run, wait_until
 
 pytestmark = pytest.mark.mpi_skip
@@ -135,9 +139,77 @@ def test_bad_input_gets_one_line(words, message, tmp_path, capsys):
     assert message in err and err.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def short(data, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A study of two seeds, and its arguments."""
+    out, training = tmp_path_factory.mktemp("short") / "study", arguments(data, "--max-steps", "1")
+    assert main(["--runs", "2", "--out", str(out), "--", *training]) == 0
+    return out, training
+
+
 @pytest.mark.fault
-def test_the_folder_of_another_study_is_refused(data, tmp_path, capsys):
-    words = ["--runs", "1", "--out", str(tmp_path / "s"), "--"]
-    assert main([*words, *arguments(data, "--max-steps", "1")]) == 0
-    assert main([*words, *arguments(data, "--max-steps", "2")]) == 2
+def test_the_folder_of_another_study_is_refused(short, capsys):
+    out, training = short
+    assert main(["--runs", "1", "--out", str(out), "--", *training, "--max-steps", "2"]) == 2
     assert "holds a study of other arguments" in capsys.readouterr().err
+
+
+# -- runs that are not alike -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "shaped, message",
+    [
+        ({}, ""),
+        (None, ""),  # as written before there was the field
+        (
+            {"sources_sha256": ["0"], "network": ["1"]},
+            "seed 0 and seed 1 differ in network, sources_sha256",
+        ),
+        ({"kernels": ["SkylakeX", "Haswell"]}, "kernels changed while seed 0 ran"),
+    ],
+)
+def test_runs_that_were_shaped_otherwise_are_not_summed_up(shaped, message, short, tmp_path, capsys):
+    out, training = shutil.copytree(short[0], tmp_path / "study"), short[1]
+    path = out / "a" / "seed-0.json"
+    says = json.loads(path.read_text())
+    says["shaped"] = says["shaped"] | shaped if shaped else {}
+    if shaped is None:
+        del says["shaped"]
+    path.write_text(json.dumps(says))
+    capsys.readouterr()
+    assert main(["--runs", "2", "--out", str(out), "--", *training]) == (2 if message else 0)
+    remedy = "remove seed-N and seed-N.json of those that are to be trained again, or name another --out"
+    assert capsys.readouterr().err == (f"cnnmpi.study: error: {out}/a: {message}: {remedy}\n" if message else "")
+
+
+@pytest.mark.fault
+def test_a_run_of_a_script_that_was_changed_begins_no_further_one(data, tmp_path, capsys):
+    out, script = tmp_path / "study", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    words = ["--out", str(out), "--", str(script), *arguments(data, "--max-steps", "1")]
+    assert main(["--runs", "1", *words]) == 0
+    script.write_text(SCRIPT + "# changed\n")
+    capsys.readouterr()
+    assert main(["--runs", "3", *words]) == 2
+    assert f"{out}/a: seed 0 and seed 1 differ in script: remove" in capsys.readouterr().err
+    assert not (out / "a" / "seed-2").exists()
+
+
+def test_what_shaped_a_run_is_read_from_its_ledger(short, tmp_path):
+    out = Path(shutil.copytree(short[0] / "a" / "seed-0", tmp_path / "run"))
+    runs = Runs(Study(), tmp_path, [], Jobs())
+    outcome = runs.look(0, out, {"script": ["0"]})
+    assert all(len(values) == 1 for values in outcome.shaped.values()) and set(outcome.shaped) == set(SHAPING)
+    assert outcome.shaped["config"][0]["batch_size"] == 40 and "seed" not in outcome.shaped["config"][0]
+    book = Ledger(out, 10, 10, print)
+    says = {"config": {"lr": 0.1, "seed": 0}, "kernels": "SkylakeX", "frozen": "0"}
+    book.begin(says)
+    book.go_on(0, book.head, says | {"kernels": "Haswell", "frozen": "1"})
+    assert shaping(out / "ledger.jsonl") == {"config": [{"lr": 0.1}], "kernels": ["SkylakeX", "Haswell"]}
+    (out / "ledger.jsonl").write_text("damaged\n")
+    with pytest.raises(UserError, match=f"ledger.jsonl: line 1 is no entry: remove {out}, and it is trained again"):
+        runs.look(0, out, {})
+    (out / "ledger.jsonl").unlink()  # as with --ledger-every 0
+    assert runs.look(0, out, {"script": ["0"]}).shaped == {}
