@@ -8,6 +8,7 @@ What follows ``--`` is for cnnmpi.train, or is a script of your own that calls `
 study that was stopped goes on when it is started again.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -102,6 +103,7 @@ class Spread:
         return f"mean {self.mean:.4f}, standard deviation {self.deviation:.4f}, {interval}, n = {self.n}"
 
 
+@functools.cache
 def student(df: int, level: float = 0.95) -> float:
     """Return t such that Student's distribution with ``df`` degrees of freedom is within -t..t with this probability.
 

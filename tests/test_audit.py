@@ -86,7 +86,7 @@ def test_any_number_of_ranks_may_audit(ranks, trained):
 
 def test_the_seed_draws_what_is_computed(trained, capsys):
     drawn = set()
-    for seed in range(6):
+    for seed in (1, 2, 5):
         assert audit(trained, "--segments", "1", "--seed", str(seed)) == 0
         drawn |= {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("steps")}
     assert drawn == {"0-10", "10-20", "20-30"}
@@ -254,7 +254,7 @@ def test_an_honest_run_that_cannot_be_followed_from_its_seed_is_not_called_wrong
 ):
     option, value = options
     given = value if value == "float32" else str(trained / value)
-    assert run(*command(1, data, tmp_path / "run", *OPTIONS, option, given)).returncode == 0
+    assert run(*command(1, data, tmp_path / "run", *OPTIONS, "--max-steps", "20", option, given)).returncode == 0
     assert audit(tmp_path / "run", "--segments", "-1") == 2
     out = capsys.readouterr().out
     assert words in out and "WRONG" not in out

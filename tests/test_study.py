@@ -60,7 +60,8 @@ def test_a_table_and_the_paired_difference():
 @needs_mpirun
 def test_a_study_trains_each_seed_once(data, tmp_path, capsys):
     out = tmp_path / "study"
-    words = ["--runs", "2", "--out", str(out), "--ranks", "2", "--against=--lr 0.001", "--", *arguments(data)]
+    short = ("--max-steps", "2")
+    words = ["--runs", "2", "--out", str(out), "--ranks", "2", "--against=--lr 0.001", "--", *arguments(data, *short)]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert printed == (out / "study.md").read_text() and printed.count("### ") == 2
@@ -68,7 +69,7 @@ def test_a_study_trains_each_seed_once(data, tmp_path, capsys):
     assert [[each["seed"] for each in runs] for runs in content["runs"]] == [[0, 1], [0, 1]]
     digests = [each["weights"] for runs in content["runs"] for each in runs]
     assert len(set(digests)) == 4 and all(len(each["ledger"]) == 64 for runs in content["runs"] for each in runs)
-    alone = run(*command(1, data, tmp_path / "alone", "--seed", "1"))
+    alone = run(*command(1, data, tmp_path / "alone", "--seed", "1", *short))
     assert f"weights_sha256={digests[1]}" in alone.stdout
     logs = {path: path.stat().st_mtime_ns for path in out.rglob("*.log")}
     assert main(words) == 0 and capsys.readouterr().out == printed
