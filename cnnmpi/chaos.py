@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import tyro
 from cnnmpi.checkpoint import weights_digest
 from cnnmpi.console import command, is_script, parted, table
 from cnnmpi.data import synthetic, write_hdf5
-from cnnmpi.distributed import UserError
+from cnnmpi.distributed import UserError, find_launcher
 from cnnmpi.rng import generator
 from cnnmpi.train import Trainer
 from cnnmpi.train.__main__ import main as train
@@ -61,7 +60,7 @@ class Chaos:
     minutes: float = 30.0
     """Inflict no more faults after this time."""
     mpirun: str = "mpirun"
-    """The launcher."""
+    """The launcher, with any arguments of its own."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,8 @@ class Outcome:
 class Arena:
     """A small data set, and the jobs that train on it."""
 
-    def __init__(self, folder: Path, mpirun: str, arguments: Sequence[str] = ()) -> None:
-        self.folder, self.mpirun, self.arguments, self.mark = folder, mpirun, list(arguments), uuid.uuid4().hex
+    def __init__(self, folder: Path, mpirun: Sequence[str], arguments: Sequence[str] = ()) -> None:
+        self.folder, self.mpirun, self.arguments, self.mark = folder, list(mpirun), list(arguments), uuid.uuid4().hex
         self.data = folder / "data.h5"
         write_hdf5(self.data, synthetic(train=400, test=600))
 
@@ -151,7 +150,7 @@ class Arena:
             "out": out, "checkpoint-every": 2, "agree-every": 3, "hang-warning": HANG_WARNING_S,
             "hang-limit": HANG_LIMIT_S, "resume": "auto",
         }  # fmt: skip
-        words = [self.mpirun, "-n", str(ranks)] if ranks > 1 else []
+        words = [*self.mpirun, "-n", str(ranks)] if ranks > 1 else []
         words += [sys.executable, "-m", "cnnmpi.chaos", "--worker", json.dumps(dataclasses.asdict(fault))]
         words += self.arguments
         words += [f"--{name}={value}" for name, value in settings.items()]
@@ -221,15 +220,14 @@ def undisturbed(arena: Arena, out: Path, ranks: int) -> str:
 
 def chaos(config: Chaos, arguments: Sequence[str] = ()) -> int:
     """Do what ``Chaos`` says, print what was done, and return 0 if every run ended in the undisturbed weights."""
-    if shutil.which(config.mpirun) is None:
-        raise UserError(f"--mpirun {config.mpirun}: no such command; pip install 'cnnmpi[mpich]' brings mpirun")
+    mpirun = find_launcher(config.mpirun)
     begun = time.monotonic()
     head = ("fault", "ranks", "what", "rank", "at", "from step", "code", "seconds")
     rows: list[tuple[object, ...]] = []
     results: list[str] = []
     inflicted = 0
     with tempfile.TemporaryDirectory() as name:
-        arena = Arena(Path(name), config.mpirun, arguments)
+        arena = Arena(Path(name), mpirun, arguments)
         expected = undisturbed(arena, Path(name) / "undisturbed", 1)
         faults = draw_faults(config.seed, config.ranks)
         while inflicted < config.faults and time.monotonic() - begun < 60 * config.minutes:

@@ -8,6 +8,7 @@ python -m cnnmpi.doctor --model nets.py:Net  # a network of your own as well: wh
 import fcntl
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,15 @@ import tyro
 from cnnmpi import console
 from cnnmpi.checkpoint.atomic import sync_directory, write_and_sync
 from cnnmpi.data import DataError, Dataset
-from cnnmpi.distributed import Ranks, UserError, failing_together, launched, little_shared_memory, start
+from cnnmpi.distributed import (
+    Ranks,
+    UserError,
+    failing_together,
+    find_launcher,
+    launched,
+    little_shared_memory,
+    start,
+)
 from cnnmpi.machine import allowance, blas_kernels, free_mib, shared_folders
 from cnnmpi.models import MODELS, Model
 from cnnmpi.train.code import Code, explained, source_sha256
@@ -54,7 +63,7 @@ class Doctor:
     model: str | None = None
     """The network that will be named to cnnmpi.train: its class is built, and a shard of images passes through it."""
     mpirun: str = "mpirun"
-    """The launcher."""
+    """The launcher, with any arguments of its own."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,13 @@ class Finding:
 
 def check_mpirun(mpirun: str) -> Finding:
     """Start two processes, which must find each other."""
-    if shutil.which(mpirun) is None:
-        return Finding(f"{mpirun}: no such command", "pip install 'cnnmpi[mpich]' brings one; single processes work")
+    try:
+        command = find_launcher(mpirun)
+    except UserError as error:
+        return Finding(str(error), "name one with --mpirun; single processes work without")
     allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     try:
-        result = _run([mpirun, "-n", "2", sys.executable, "-c", MEET], os.environ | allow)
+        result = _run([*command, "-n", "2", sys.executable, "-c", MEET], os.environ | allow)
     except subprocess.TimeoutExpired:
         return Finding("two ranks did not start within 60 s", "check that this host can reach itself by its own name")
     except OSError as error:
@@ -82,7 +93,7 @@ def check_mpirun(mpirun: str) -> Finding:
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         remedy = little_shared_memory(2) or "pip install mpi4py, and an MPI: 'cnnmpi[mpich]'"
         return Finding(f"{mpirun} -n 2 failed: {reason}", remedy)
-    return Finding(f"{shutil.which(mpirun)} and mpi4py work together")
+    return Finding(f"{shlex.join(command)} and mpi4py work together")
 
 
 def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

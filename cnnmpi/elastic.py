@@ -10,9 +10,6 @@ result is that of an undisturbed run, to the bit.
 
 import contextlib
 import re
-import shlex
-import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,17 +18,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from cnnmpi import console
-from cnnmpi.distributed import UserError
+from cnnmpi.distributed import UserError, find_launcher, split_words
 from cnnmpi.machine import usable_cores
 from cnnmpi.train.code import Code
 from cnnmpi.train.config import DEFAULTS, continued, parse, resolve
 from cnnmpi.train.folder import find_checkpoint
-from cnnmpi.train.signals import stop_signals
+from cnnmpi.train.jobs import Jobs
 
 FINAL = {0: "done", 2: "refused", 75: "stopped on request, with a checkpoint", 130: "interrupted"}
 
@@ -77,10 +73,13 @@ def read_hosts(path: Path) -> dict[str, int]:
 
 
 def answering(hosts: dict[str, int], probe: str) -> dict[str, int]:
-    """Return those of ``hosts`` for which the command ``probe`` succeeds within 30 seconds."""
+    """Return those of ``hosts`` for which the command ``probe`` succeeds within 30 seconds. Raises UserError."""
+    words = split_words("--probe", probe)
+    if not words:
+        raise UserError("--probe is empty; expected a command that succeeds if a host answers")
 
     def answers(host: str) -> bool:
-        command = [word.replace("{host}", host) for word in shlex.split(probe)]
+        command = [word.replace("{host}", host) for word in words]
         try:
             return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=30).returncode == 0
         except (OSError, subprocess.TimeoutExpired):
@@ -92,11 +91,8 @@ def answering(hosts: dict[str, int], probe: str) -> dict[str, int]:
 
 
 def launcher(config: Elastic, ranks: int, hosts: dict[str, int], folder: Path) -> list[str]:
-    """Return the beginning of the command line: mpirun, the number of ranks, the hosts."""
-    command = shlex.split(config.mpirun)
-    if not command or shutil.which(command[0]) is None:
-        raise UserError(f"--mpirun {config.mpirun}: no such command; pip install 'cnnmpi[mpich]' brings mpirun")
-    command += ["-n", str(ranks)]
+    """Return the beginning of the command line: mpirun, the number of ranks, the hosts. Raises UserError."""
+    command = [*find_launcher(config.mpirun), "-n", str(ranks)]
     if hosts:
         try:
             asked = subprocess.run([command[0], "--version"], capture_output=True, timeout=60)
@@ -121,58 +117,34 @@ def shards_of(arguments: Sequence[str]) -> int:
     return (continued(asked, saved.run.config, saved.path, code) if saved else config).shards or 1
 
 
-def passed_on(number: int) -> int:
-    """Return the signal that mpirun gets for this one: MPICH's dies of SIGHUP, and kills its ranks."""
-    return signal.SIGTERM if number == signal.SIGHUP else number
-
-
 def supervise(config: Elastic, arguments: Sequence[str]) -> int:
     """Run until an exit code is final; return it. Raises UserError where it cannot go on."""
     listed = read_hosts(config.hosts) if config.hosts else {}
-    job: subprocess.Popen[bytes] | None = None
-    asked: list[int] = []
-
-    def forward(number: int, frame: Any) -> None:
-        asked.append(number)
-        if job is not None:
-            job.send_signal(passed_on(number))
-
     if console.is_script(arguments):  # a script; what it sets by itself only it knows
         program, arguments = [arguments[0]], arguments[1:]
         shards = config.ranks or parse(arguments).shards or DEFAULTS["shards"]
     else:
         program = ["-m", "cnnmpi.train"]
         shards = config.ranks or shards_of(["--resume", "auto", *arguments])
-    previous = {number: signal.signal(number, forward) for number in stop_signals()}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for restart in range(config.max_restarts + 1):
-                hosts = answering(listed, config.probe) if listed else {}
-                for host in set(listed) - set(hosts):
-                    _say(f"{host} does not answer: going on without it")
-                slots = sum(hosts.values()) if listed else usable_cores()
-                ranks = min(config.ranks, slots) if config.ranks and listed else config.ranks or min(slots, shards)
-                if ranks < max(1, config.min_ranks):
-                    raise UserError(f"only {ranks} ranks can be started, --min-ranks is {config.min_ranks}")
-                start = launcher(config, ranks, hosts, Path(folder))
-                try:
-                    job = subprocess.Popen(
-                        [*start, sys.executable, *program, "--resume", "auto", *arguments],
-                        start_new_session=True,  # Ctrl-C reaches it once, through forward()
-                    )
-                except OSError as error:
-                    raise UserError(f"--mpirun {config.mpirun}: cannot be started: {error.strerror}") from None
-                if asked:  # before there was a job
-                    job.send_signal(passed_on(asked[-1]))
-                code = job.wait()
-                if code in FINAL or asked:
-                    _say(f"{FINAL.get(code, f'ended with code {code} after a signal')}; {restart} restarts")
-                    return code
-                _say(f"{ranks} ranks ended with code {code}: restart {restart + 1} of {config.max_restarts}")
-                time.sleep(config.pause)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with Jobs() as jobs, tempfile.TemporaryDirectory() as folder:
+        for restart in range(config.max_restarts + 1):
+            hosts = answering(listed, config.probe) if listed else {}
+            for host in set(listed) - set(hosts):
+                _say(f"{host} does not answer: going on without it")
+            slots = sum(hosts.values()) if listed else usable_cores()
+            ranks = min(config.ranks, slots) if config.ranks and listed else config.ranks or min(slots, shards)
+            if ranks < max(1, config.min_ranks):
+                raise UserError(f"only {ranks} ranks can be started, --min-ranks is {config.min_ranks}")
+            start = launcher(config, ranks, hosts, Path(folder))
+            try:
+                code = jobs.run([*start, sys.executable, *program, "--resume", "auto", *arguments])
+            except OSError as error:
+                raise UserError(f"--mpirun {config.mpirun}: cannot be started: {error.strerror}") from None
+            if code in FINAL or jobs.asked:
+                _say(f"{FINAL.get(code, f'ended with code {code} after a signal')}; {restart} restarts")
+                return code
+            _say(f"{ranks} ranks ended with code {code}: restart {restart + 1} of {config.max_restarts}")
+            time.sleep(config.pause)
     raise UserError(f"--max-restarts {config.max_restarts} is reached; see the first traceback above")
 
 

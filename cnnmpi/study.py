@@ -8,17 +8,18 @@ What follows ``--`` is for cnnmpi.train, or is a script of your own that calls `
 study that was stopped goes on when it is started again.
 """
 
+import functools
+import hashlib
 import json
 import math
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,18 @@ from cnnmpi import checkpoint
 from cnnmpi.checkpoint import CheckpointError, write_atomically
 from cnnmpi.common.lines import read_lines
 from cnnmpi.console import command, complain, is_script, parted, printable, progress
-from cnnmpi.distributed import UserError
+from cnnmpi.distributed import UserError, find_launcher, split_words
 from cnnmpi.machine import usable_cores
 from cnnmpi.report import METRICS
+from cnnmpi.train.jobs import Jobs
+from cnnmpi.train.ledger import LEDGER, BrokenChainError, entries
 
 PROGRAM = "cnnmpi.study"
 STOPPED = 75  # the exit code of a run that was asked to stop, and can be resumed
 MEASURES = ("val_acc", "test_acc", "val_loss", "test_loss")  # the first that a run has is compared
 COMMON = {"--seed", "--out", "--resume"}  # what a study sets itself
+# what must be the same in all runs of a set: of their ledgers, what is not the seed's; and the script, hooks included
+SHAPING = ("config", "data_sha256", "network", "code", "script", "sources_sha256")
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,15 @@ class Study:
     jobs: int = 1
     """Runs side by side, which share the cores."""
     mpirun: str = "mpirun"
-    """The launcher of runs with several ranks."""
+    """The launcher of runs with several ranks, with any arguments of its own."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run ended in: its ``value`` is that of the study's measure."""
+    """What a run ended in: its ``value`` is that of the study's measure.
+
+    ``shaped`` is what ``shaping`` finds in its ledger, and the sha256 of its script; {} without a ledger.
+    """
 
     seed: int
     measure: str
@@ -67,6 +75,7 @@ class Outcome:
     minutes: float
     weights: str
     ledger: str
+    shaped: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class Spread:
         return f"mean {self.mean:.4f}, standard deviation {self.deviation:.4f}, {interval}, n = {self.n}"
 
 
+@functools.cache
 def student(df: int, level: float = 0.95) -> float:
     """Return t such that Student's distribution with ``df`` degrees of freedom is within -t..t with this probability.
 
@@ -107,45 +117,79 @@ def student(df: int, level: float = 0.95) -> float:
 
 
 class Runs:
-    """The runs of one set of settings, each in a folder of its own below ``folder``."""
+    """The runs of one set of settings, each a job of ``jobs`` in a folder of its own below ``folder``."""
 
-    def __init__(self, study: Study, folder: Path, arguments: Sequence[str]) -> None:
-        self.study, self.folder, self.arguments = study, folder, list(arguments)
+    def __init__(self, study: Study, folder: Path, arguments: Sequence[str], jobs: Jobs) -> None:
+        self.study, self.folder, self.arguments, self.jobs = study, folder, list(arguments), jobs
 
     def train(self, seed: int) -> Outcome:
-        """Return the outcome of a seed, which is trained if it has not been. Raises UserError."""
-        out, done = self.folder / f"seed-{seed}", self.folder / f"seed-{seed}.json"
+        """Return the outcome of a seed, which is trained if it has not been.
+
+        Raises UserError, and KeyboardInterrupt where the run was asked to stop.
+        """
+        out, done = self.folder / f"seed-{seed}", self._done(seed)
         if not done.exists():
             out.mkdir(parents=True, exist_ok=True)
+            script = self._script()
             self._start(seed, out)
-            write_atomically(done, json.dumps(vars(self._look(seed, out)), indent=1).encode())
+            write_atomically(done, json.dumps(vars(self.look(seed, out, script)), indent=1).encode())
+            self.compare()
+        return self._read(done)
+
+    def compare(self) -> None:
+        """Compare what shaped those runs that are done. Raises UserError where that was not the same throughout."""
+        paths = [self._done(seed) for seed in range(self.study.runs)]
+        done = [outcome for path in paths if path.exists() and (outcome := self._read(path)).shaped]
+        changed = [name for name in SHAPING if len({each for outcome in done for each in _texts(outcome, name)}) > 1]
+        if not changed:
+            return
+        alike: dict[str, list[int]] = {}
+        for outcome in done:
+            alike.setdefault(json.dumps(outcome.shaped, sort_keys=True), []).append(outcome.seed)
+        within = [outcome.seed for outcome in done if any(len(values) > 1 for values in outcome.shaped.values())]
+        names = ", ".join(changed)
+        if within:
+            what = f"{names} changed while {_seeds(within)} ran"
+        else:
+            what = f"{' and '.join(map(_seeds, alike.values()))} differ in {names}"
+        raise UserError(
+            f"{self.folder}: {what}: remove seed-N and seed-N.json of those that are to be trained again, or name "
+            "another --out"
+        )
+
+    def _done(self, seed: int) -> Path:
+        return self.folder / f"seed-{seed}.json"
+
+    def _read(self, done: Path) -> Outcome:
         try:
             return Outcome(**json.loads(done.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{done}: cannot be used ({error}): remove it, and the run is looked at again") from None
 
+    def _script(self) -> dict[str, list[Any]]:
+        path = Path(self.arguments[0]) if is_script(self.arguments) else None
+        return {"script": [hashlib.sha256(path.read_bytes()).hexdigest()]} if path and path.is_file() else {}
+
     def _start(self, seed: int, out: Path) -> None:
         study = self.study
-        words = [*shlex.split(study.mpirun), "-n", str(study.ranks)] if study.ranks > 1 else []
+        words = [*find_launcher(study.mpirun), "-n", str(study.ranks)] if study.ranks > 1 else []
         words += [sys.executable, *([] if is_script(self.arguments) else ["-m", "cnnmpi.train"]), *self.arguments]
         words += ["--seed", str(seed), "--out", str(out), "--resume"]
         if not any(word.startswith("--threads") for word in self.arguments):
             words += ["--threads", str(max(1, usable_cores() // (study.ranks * study.jobs)))]
         with (self.folder / f"seed-{seed}.log").open("ab") as log:
             try:
-                job = subprocess.run(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, check=False)
+                code = self.jobs.run(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
             except OSError as error:
                 raise UserError(f"{words[0]} cannot be started: {error.strerror}") from None
-        if job.returncode == STOPPED:
+        if code == STOPPED or (code and self.jobs.asked):
             raise KeyboardInterrupt
-        if job.returncode:
+        if code:
             said = (self.folder / f"seed-{seed}.log").read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(
-                f"seed {seed} ended with code {job.returncode}: {' '.join(said)} ({log.name} has all of it)"
-            )
+            raise UserError(f"seed {seed} ended with code {code}: {' '.join(said)} ({log.name} has all of it)")
 
-    def _look(self, seed: int, out: Path) -> Outcome:
-        """Return what a run that is done has left."""
+    def look(self, seed: int, out: Path, script: dict[str, list[Any]]) -> Outcome:
+        """Return what the run in the folder ``out`` has left, now that it is done. Raises UserError."""
         try:
             lines, _ = read_lines(out / METRICS)
             _, attributes = checkpoint.load(out / "last.h5")
@@ -153,25 +197,58 @@ class Runs:
             measure = next(name for name in MEASURES if isinstance(last.get(name), float | int))
         except (OSError, CheckpointError, IndexError, StopIteration) as error:
             raise UserError(f"{out}: the run left no result: {error}") from None
+        try:
+            shaped = shaping(out / LEDGER) | script if (out / LEDGER).exists() else {}
+        except (OSError, BrokenChainError) as error:
+            raise UserError(f"{error}: remove {out}, and it is trained again") from None
         minutes = sum(float(line.get("seconds", 0)) for line in lines) / 60
         weights, ledger = (str(attributes.get(name, "")) for name in ("weights_sha256", "ledger"))
-        return Outcome(seed, measure, float(last[measure]), minutes, weights, ledger)
+        return Outcome(seed, measure, float(last[measure]), minutes, weights, ledger, shaped)
+
+
+def shaping(ledger: Path) -> dict[str, list[Any]]:
+    """Return for each name of SHAPING its values in a ledger: more than one if a resumed run was shaped otherwise.
+
+    Raises BrokenChainError and OSError.
+    """
+    found: dict[str, list[Any]] = {}
+    for entry in entries(ledger, torn=True):
+        for name in [name for name in SHAPING if name in entry.says]:
+            value = entry.says[name]
+            if name == "config":
+                value = {setting: each for setting, each in value.items() if setting != "seed"}
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _texts(outcome: Outcome, name: str) -> list[str]:
+    return [json.dumps(value, sort_keys=True) for value in outcome.shaped.get(name, [])]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def conduct(study: Study, arguments: Sequence[str]) -> str:
-    """Do a study and return what it found, as Markdown; study.md and study.json hold it, too. Raises UserError."""
+    """Do a study and return what it found, as Markdown; study.md and study.json hold it, too.
+
+    Raises UserError, and KeyboardInterrupt where a signal asked for a stop: its runs have ended then.
+    """
     _check(study, arguments)
-    more = shlex.split(study.against) if study.against is not None else None
+    more = split_words("--against", study.against) if study.against is not None else None
     _claim(study, arguments)
-    sets = [Runs(study, study.out / "a", arguments)]
+    jobs = Jobs()
+    sets = [Runs(study, study.out / "a", arguments, jobs)]
     if more is not None:
-        sets.append(Runs(study, study.out / "b", [*arguments, *more]))
-    jobs = [(runs, seed) for seed in range(study.runs) for runs in sets]
+        sets.append(Runs(study, study.out / "b", [*arguments, *more], jobs))
+    for runs in sets:
+        runs.compare()
+    pairs = [(runs, seed) for seed in range(study.runs) for runs in sets]
     outcomes: list[Outcome] = []
     stop = threading.Event()
 
     def one(runs: Runs, seed: int) -> Outcome | None:
-        if stop.is_set():
+        if stop.is_set() or jobs.asked:
             return None
         try:
             return runs.train(seed)
@@ -179,15 +256,17 @@ def conduct(study: Study, arguments: Sequence[str]) -> str:
             stop.set()
             raise
 
-    with ThreadPoolExecutor(study.jobs) as pool, progress(len(jobs), PROGRAM, "runs") as advance:
+    with jobs, ThreadPoolExecutor(study.jobs) as pool, progress(len(pairs), PROGRAM, "runs") as advance:
         try:
-            for future in [pool.submit(one, runs, seed) for runs, seed in jobs]:
+            for future in [pool.submit(one, runs, seed) for runs, seed in pairs]:
                 if (outcome := future.result()) is not None:
                     outcomes.append(outcome)
                 advance(1)
-        except BaseException:  # Ctrl-C, too: no further run begins
+        except BaseException:  # no further run begins
             stop.set()
             raise
+    if len(outcomes) < len(pairs):
+        raise KeyboardInterrupt
     if len(measures := {outcome.measure for outcome in outcomes}) > 1:
         raise UserError(f"the runs have {' and '.join(sorted(measures))}, which cannot be compared")
     found = [outcomes[index :: len(sets)] for index in range(len(sets))]
@@ -199,13 +278,13 @@ def conduct(study: Study, arguments: Sequence[str]) -> str:
 
 
 def _check(study: Study, arguments: Sequence[str]) -> None:
-    against = shlex.split(study.against or "")
+    against = split_words("--against", study.against or "")
     if study.runs < 1 or study.ranks < 1 or study.jobs < 1:
         raise UserError("--runs, --ranks and --jobs must be at least 1")
     if taken := sorted({word.partition("=")[0] for word in [*arguments, *against]} & COMMON):
         raise UserError(f"a study sets {', '.join(taken)} itself: leave them out")
-    if study.ranks > 1 and shutil.which((shlex.split(study.mpirun) or [""])[0]) is None:
-        raise UserError(f"--mpirun {study.mpirun}: no such command; pip install 'cnnmpi[mpich]' brings mpirun")
+    if study.ranks > 1:
+        find_launcher(study.mpirun)
 
 
 def _claim(study: Study, arguments: Sequence[str]) -> None:

@@ -101,7 +101,7 @@ def test_any_number_of_ranks_may_audit(ranks, trained):
 
 def test_the_seed_draws_what_is_computed(trained, capsys):
     drawn = set()
-    for seed in range(6):
+    for seed in (1, 2, 5):
         assert audit(trained, "--segments", "1", "--seed", str(seed)) == 0
         drawn |= {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("steps")}
     assert drawn == {"0-10", "10-20", "20-30"}
@@ -267,7 +267,8 @@ def test_an_honest_run_that_cannot_be_followed_from_its_seed_is_not_called_wrong
     options, words, data, trained, tmp_path, capsys
 ):
     option, name = options
-    assert run(*command(1, data, tmp_path / "run", *OPTIONS, option, str(trained / name))).returncode == 0
+    more = ("--max-steps", "20", option, str(trained / name))
+    assert run(*command(1, data, tmp_path / "run", *OPTIONS, *more)).returncode == 0
     assert audit(tmp_path / "run", "--segments", "-1") == 2
     out = capsys.readouterr().out
     assert words in out and "WRONG" not in out

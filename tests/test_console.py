@@ -49,6 +49,7 @@ def test_no_command_is_stopped_by_a_path_or_an_encoding(odd, monkeypatch, encodi
         (["data", "--archive", gone], 2),
         (["elastic", "--hosts", gone], 2),
         (["chaos", "--mpirun", gone], 2),
+        (["chaos", "--mpirun", "a 'b"], 2),
         ([gone], 2),
     ):
         try:
@@ -58,7 +59,7 @@ def test_no_command_is_stopped_by_a_path_or_an_encoding(odd, monkeypatch, encodi
     sys.stderr.flush()
     printed, errors = (buffer.getvalue() for buffer in output)
     assert b"\\udcff" in printed and b"\\udcff" in errors and b"Traceback" not in errors
-    assert errors.count(b"\n") == 10 + (1 + len(COMMANDS))  # one line each, predict's count, and the usage
+    assert errors.count(b"\n") == 11 + (1 + len(COMMANDS))  # one line each, predict's count, and the usage
 
 
 def test_every_command_prepares_its_output(monkeypatch):

@@ -23,6 +23,8 @@ from cnnmpi.distributed import (
     RemoteError,
     UserError,
     failing_together,
+    find_launcher,
+    split_words,
     start,
 )
 from tests.jobs import MPIRUN, needs_mpirun
@@ -389,3 +391,22 @@ def test_without_mpi4py_one_process_works_and_several_are_refused(tmp_path):
     assert run_start(PYTHONPATH=str(tmp_path)).stdout == "size 1\n"
     several = run_start(PYTHONPATH=str(tmp_path), PMI_SIZE="2")
     assert several.returncode != 0 and "pip install" in several.stderr
+
+
+@pytest.mark.mpi_skip
+def test_a_launcher_is_found_in_path_and_beside_the_interpreter(tmp_path, monkeypatch):
+    for name in ("bin", "venv", "my folder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mpirun").touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert find_launcher("mpirun") == [str(tmp_path / "bin" / "mpirun")]
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert find_launcher("mpirun -x 'A B'") == [str(tmp_path / "venv" / "mpirun"), "-x", "A B"]
+    spaced = str(tmp_path / "my folder" / "mpirun")
+    assert find_launcher(spaced) == find_launcher(f"'{spaced}'") == [spaced]
+    for text in ("gone -n", str(tmp_path / "mpirun"), ""):
+        with pytest.raises(UserError, match=rf"^--mpirun {text}: no such command; pip install 'cnnmpi"):
+            find_launcher(text)
+    with pytest.raises(UserError, match=r"^--probe a 'b: no closing quotation$"):
+        split_words("--probe", "a 'b")

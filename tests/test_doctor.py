@@ -103,9 +103,11 @@ def test_an_mpirun_of_another_mpi_is_found(tmp_path):
     mpirun.write_text('#!/bin/sh\nshift 2\n"$@"\n"$@"\n')  # starts two processes that know nothing of each other
     mpirun.chmod(0o755)
     assert "each of two processes is alone" in doctor.check_mpirun(str(mpirun)).text
-    assert "no such command" in doctor.check_mpirun(str(tmp_path / "none")).text
-    mpirun.write_text("#!/bin/sh\necho out of luck >&2\nexit 1\n")
-    assert "out of luck" in doctor.check_mpirun(str(mpirun)).text
+    for text, words in ((str(tmp_path / "none"), "no such command"), ("a 'b", "no closing quotation")):
+        finding = doctor.check_mpirun(text)
+        assert words in finding.text and "name one with --mpirun" in finding.remedy
+    mpirun.write_text('#!/bin/sh\necho out of luck: "$1" >&2\nexit 1\n')
+    assert "out of luck: --quiet" in doctor.check_mpirun(f"{mpirun} --quiet").text
 
 
 @needs_mpirun

@@ -5,6 +5,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from cnnmpi import Config, elastic, set_up
 from cnnmpi.checkpoint import load
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.elastic import Elastic, answering, launcher, main, read_hosts, supervise
+from cnnmpi.train.jobs import Jobs
 from tests.jobs import HANGS_S, MPIRUN, all_gone, command, digest, needs_mpirun, rank_pids, run, wait_until
 
 pytestmark = pytest.mark.mpi_skip
@@ -51,6 +54,38 @@ def test_a_signal_is_passed_on_and_ends_the_supervision(number, data, tmp_path, 
     assert process.returncode != 0 and "0 restarts" in output and all_gone(out)
     assert 1 <= load(out / "last.h5")[1]["step"] < 30
     assert digest(run(*command(1, data, out, "--resume")).stdout) == undisturbed
+
+
+COUNTS = """
+import signal, sys, time
+def count(number, frame):
+    open(sys.argv[1], "a").write("x")
+signal.signal(signal.SIGINT, count)
+open(sys.argv[1], "w").close()
+while True:
+    time.sleep(1)
+"""
+
+
+def test_a_job_that_heeds_no_ctrl_c_is_killed_after_the_second(tmp_path, monkeypatch):
+    monkeypatch.setattr("cnnmpi.train.jobs.AGAIN_S", 0.1)
+    monkeypatch.setattr("cnnmpi.train.jobs.ENDING_S", 0.5)
+    heard, ended = tmp_path / "heard", threading.Event()
+
+    def press() -> None:
+        while not heard.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+        if not ended.wait(1.0):  # the first one alone kills nothing
+            os.kill(os.getpid(), signal.SIGINT)
+
+    pressing = threading.Thread(target=press)
+    with Jobs() as jobs:
+        pressing.start()
+        code = jobs.run([sys.executable, "-c", COUNTS, str(heard)])
+        ended.set()
+        pressing.join()
+    assert code == -signal.SIGKILL and heard.read_text() == "xx" and jobs.asked == [signal.SIGINT] * 2
 
 
 @needs_mpirun
@@ -135,8 +170,14 @@ def test_a_bad_command_line_or_launcher_ends_in_one_line(tmp_path, capsys):
     launcher = tmp_path / "mpirun"
     launcher.write_bytes(b"\x00\x01 no program")
     launcher.chmod(0o755)
+    (tmp_path / "hosts").write_text("a\n")
+    hosts = ["--hosts", str(tmp_path / "hosts")]
     for arguments, text in [
         (["--mpirun", str(launcher), "--", "--out", str(tmp_path / "run")], "cannot be started"),
+        (["--mpirun", "gone -n"], "--mpirun gone -n: no such command"),
+        (["--mpirun", "a 'b"], "--mpirun a 'b: no closing quotation"),
+        ([*hosts, "--probe", "a 'b"], "--probe a 'b: no closing quotation"),
+        ([*hosts, "--probe", ""], "--probe is empty"),
         (["--mpirun", str(launcher), "--", "--shards", "0"], "--shards must be"),
         (["--mpirun", str(launcher), "--", "--config", "nowhere.toml"], "nowhere.toml"),
     ]:

@@ -437,5 +437,5 @@ def test_ranks_with_different_programs_are_refused(data, tmp_path):
 
 @elsewhere
 def test_chaos_with_a_small_budget(capsys):
-    assert chaos(["--faults", "4", "--ranks", "3", "--seed", "1", "--mpirun", MPIRUN]) == 0
+    assert chaos(["--faults", "4", "--ranks", "3", "--seed", "1", "--mpirun", f"env {MPIRUN}"]) == 0
     assert re.search(r"4 faults in \d+ runs, .* \d+ of \d+ runs ended", capsys.readouterr().out)

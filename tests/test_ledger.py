@@ -1,6 +1,7 @@
 """The ledger: the same bytes whatever happens to a run, and nothing in it can be changed unseen."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -106,20 +107,28 @@ def test_any_change_breaks_the_chain(place, whole, tmp_path):
             print(what, [*entries(path)])
 
 
+@pytest.fixture(scope="module")
+def part(data, tmp_path_factory) -> Path:
+    """A run that was stopped after 12 steps."""
+    out = tmp_path_factory.mktemp("part") / "run"
+    assert run(*command(1, data, out, "--ledger-every", "4", "--max-steps", "12")).returncode == 0
+    return out
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", ["gone", "of another run", "changed"])
-def test_a_ledger_that_does_not_lead_to_the_checkpoint_begins_anew(damage, data, tmp_path):
-    out = tmp_path / "run"
-    assert run(*command(1, data, out, "--ledger-every", "4", "--max-steps", "12")).returncode == 0
+def test_a_ledger_that_does_not_lead_to_the_checkpoint_begins_anew(damage, data, part, tmp_path):
+    out = Path(shutil.copytree(part, tmp_path / "run"))
     blob = ledger(out)
     if damage == "gone":
         (out / "ledger.jsonl").unlink()
     elif damage == "changed":
         (out / "ledger.jsonl").write_bytes(blob.replace(b'"step": 8', b'"step": 9'))
     else:
-        assert run(*command(1, data, tmp_path / "other", "--ledger-every", "4", "--seed", "1")).returncode == 0
+        other = ["--ledger-every", "4", "--max-steps", "12", "--seed", "1"]
+        assert run(*command(1, data, tmp_path / "other", *other)).returncode == 0
         (out / "ledger.jsonl").write_bytes(ledger(tmp_path / "other"))
-    result = run(*command(1, data, out, "--resume", "--ledger-every", "4"))
+    result = run(*command(1, data, out, "--resume", "--ledger-every", "4", "--max-steps", "20"))
     assert result.returncode == 0 and "a new one begins at step 12" in result.stdout
     first, *others = entries(out / "ledger.jsonl")
     assert first.says["begins"] == 12 and [entry.step for entry in others][:3] == [12, 16, 20]

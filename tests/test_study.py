@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnmpi.study import Outcome, Spread, main, student, told
-from tests.jobs import HANGS_S, command, needs_mpirun, run, wait_until
+from cnnmpi.distributed import UserError
+from cnnmpi.study import SHAPING, Outcome, Runs, Spread, Study, main, shaping, student, told
+from cnnmpi.train.jobs import Jobs
+from cnnmpi.train.ledger import Ledger
+from tests.jobs import HANGS_S, command, needs_mpirun, rank_pids, run, wait_until
 
 pytestmark = pytest.mark.mpi_skip
 
@@ -56,7 +60,8 @@ def test_a_table_and_the_paired_difference():
 @needs_mpirun
 def test_a_study_trains_each_seed_once(data, tmp_path, capsys):
     out = tmp_path / "study"
-    words = ["--runs", "2", "--out", str(out), "--ranks", "2", "--against=--lr 0.001", "--", *arguments(data)]
+    short = ("--max-steps", "2")
+    words = ["--runs", "2", "--out", str(out), "--ranks", "2", "--against=--lr 0.001", "--", *arguments(data, *short)]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert printed == (out / "study.md").read_text() and printed.count("### ") == 2
@@ -64,7 +69,7 @@ def test_a_study_trains_each_seed_once(data, tmp_path, capsys):
     assert [[each["seed"] for each in runs] for runs in content["runs"]] == [[0, 1], [0, 1]]
     digests = [each["weights"] for runs in content["runs"] for each in runs]
     assert len(set(digests)) == 4 and all(len(each["ledger"]) == 64 for runs in content["runs"] for each in runs)
-    alone = run(*command(1, data, tmp_path / "alone", "--seed", "1"))
+    alone = run(*command(1, data, tmp_path / "alone", "--seed", "1", *short))
     assert f"weights_sha256={digests[1]}" in alone.stdout
     logs = {path: path.stat().st_mtime_ns for path in out.rglob("*.log")}
     assert main(words) == 0 and capsys.readouterr().out == printed
@@ -73,30 +78,47 @@ def test_a_study_trains_each_seed_once(data, tmp_path, capsys):
     assert capsys.readouterr().out.count("\n| 2 | ") == 2
 
 
+# pauses after each step as long as it is told to
+SCRIPT = """
+import os, sys, time, cnnmpi
+if __name__ == "__main__":
+    sys.exit(cnnmpi.fit("simplecnn", on_step=lambda run, loss: time.sleep(float(os.environ.get("PAUSE", "0")))))
+"""
+
+
 @pytest.mark.fault
-def test_a_study_that_is_stopped_goes_on(data, tmp_path):
-    out = tmp_path / "study"
-    words = [
-        sys.executable,
-        "-m",
-        "cnnmpi.study",
-        "--runs",
-        "2",
-        "--out",
-        str(out),
-        "--",
-        *arguments(data, "--epochs", "40"),
-    ]
-    job = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_until(lambda: (out / "a" / "seed-0" / "previous.h5").exists(), job)
-    job.send_signal(signal.SIGINT)
-    subprocess.run(["pkill", "-INT", "-f", str(out / "a" / "seed-0")], check=False)  # as a terminal tells all of them
+@pytest.mark.parametrize("number, side_by_side", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_study_that_is_stopped_stops_its_runs_and_goes_on(number, side_by_side, data, tmp_path, monkeypatch):
+    out, script = tmp_path / "study", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    training = [str(script), *arguments(data, "--epochs", "1", "--checkpoint-every", "1")]
+    words = [sys.executable, "-m", "cnnmpi.study", "--runs", "2", "--out", str(out), "--jobs", str(side_by_side)]
+    begun = [out / "a" / f"seed-{seed}" for seed in range(side_by_side)]
+    with monkeypatch.context() as slow:
+        slow.setenv("PAUSE", "0.5")
+        job = subprocess.Popen([*words, "--", *training], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: all((folder / "previous.h5").exists() for folder in begun), job)
+    job.send_signal(number)
     _, err = job.communicate(timeout=HANGS_S)
-    assert job.returncode in (75, 130) and not (out / "study.md").exists(), err
-    result = run(*words)
+    assert job.returncode == 75 and err == f"cnnmpi.study: error: stopped: start it again, and it goes on in {out}\n"
+    assert not any(rank_pids(folder) for folder in begun) and not (out / "study.md").exists()
+    assert [folder.name for folder in sorted((out / "a").glob("seed-?"))] == [folder.name for folder in begun]
+    result = run(*words, "--", *training)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n| ") == 3
-    assert len((out / "a" / "seed-0" / "starts.jsonl").read_text().splitlines()) == 2
+    assert all(len((folder / "starts.jsonl").read_text().splitlines()) == 2 for folder in begun)
+
+
+@pytest.mark.fault
+def test_a_run_that_a_signal_ends_before_it_can_save_is_no_error(tmp_path):
+    script, up = tmp_path / "script.py", tmp_path / "up"
+    script.write_text(f"import time\nopen({str(up)!r}, 'w').close()\ntime.sleep(600)\n")
+    words = [sys.executable, "-m", "cnnmpi.study", "--out", str(tmp_path / "study"), "--", str(script)]
+    job = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_until(up.exists, job)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=HANGS_S)
+    assert job.returncode == 75 and "stopped: start it again" in err and err.count("\n") == 1
 
 
 @pytest.mark.fault
@@ -107,6 +129,8 @@ def test_a_study_that_is_stopped_goes_on(data, tmp_path):
         (["--", "--seed", "3"], "a study sets --seed itself: leave them out"),
         (["--against=--out=x"], "a study sets --out itself"),
         (["--ranks", "2", "--mpirun", "gone"], "--mpirun gone: no such command"),
+        (["--ranks", "2", "--mpirun", "a 'b"], "--mpirun a 'b: no closing quotation"),
+        (["--against=a 'b"], "--against a 'b: no closing quotation"),
         (["--", "--lr", "-1"], "seed 0 ended with code 2: cnnmpi: error: --lr must be a number of at least 0"),
     ],
 )
@@ -116,9 +140,77 @@ def test_bad_input_gets_one_line(words, message, tmp_path, capsys):
     assert message in err and err.count("\n") == 1
 
 
+@pytest.fixture(scope="module")
+def short(data, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A study of two seeds, and its arguments."""
+    out, training = tmp_path_factory.mktemp("short") / "study", arguments(data, "--max-steps", "1")
+    assert main(["--runs", "2", "--out", str(out), "--", *training]) == 0
+    return out, training
+
+
 @pytest.mark.fault
-def test_the_folder_of_another_study_is_refused(data, tmp_path, capsys):
-    words = ["--runs", "1", "--out", str(tmp_path / "s"), "--"]
-    assert main([*words, *arguments(data, "--max-steps", "1")]) == 0
-    assert main([*words, *arguments(data, "--max-steps", "2")]) == 2
+def test_the_folder_of_another_study_is_refused(short, capsys):
+    out, training = short
+    assert main(["--runs", "1", "--out", str(out), "--", *training, "--max-steps", "2"]) == 2
     assert "holds a study of other arguments" in capsys.readouterr().err
+
+
+# -- runs that are not alike -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "shaped, message",
+    [
+        ({}, ""),
+        (None, ""),  # as written before there was the field
+        (
+            {"sources_sha256": ["0"], "network": ["1"]},
+            "seed 0 and seed 1 differ in network, sources_sha256",
+        ),
+        ({"kernels": ["SkylakeX", "Haswell"]}, "kernels changed while seed 0 ran"),
+    ],
+)
+def test_runs_that_were_shaped_otherwise_are_not_summed_up(shaped, message, short, tmp_path, capsys):
+    out, training = shutil.copytree(short[0], tmp_path / "study"), short[1]
+    path = out / "a" / "seed-0.json"
+    says = json.loads(path.read_text())
+    says["shaped"] = says["shaped"] | shaped if shaped else {}
+    if shaped is None:
+        del says["shaped"]
+    path.write_text(json.dumps(says))
+    capsys.readouterr()
+    assert main(["--runs", "2", "--out", str(out), "--", *training]) == (2 if message else 0)
+    remedy = "remove seed-N and seed-N.json of those that are to be trained again, or name another --out"
+    assert capsys.readouterr().err == (f"cnnmpi.study: error: {out}/a: {message}: {remedy}\n" if message else "")
+
+
+@pytest.mark.fault
+def test_a_run_of_a_script_that_was_changed_begins_no_further_one(data, tmp_path, capsys):
+    out, script = tmp_path / "study", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    words = ["--out", str(out), "--", str(script), *arguments(data, "--max-steps", "1")]
+    assert main(["--runs", "1", *words]) == 0
+    script.write_text(SCRIPT + "# changed\n")
+    capsys.readouterr()
+    assert main(["--runs", "3", *words]) == 2
+    assert f"{out}/a: seed 0 and seed 1 differ in script: remove" in capsys.readouterr().err
+    assert not (out / "a" / "seed-2").exists()
+
+
+def test_what_shaped_a_run_is_read_from_its_ledger(short, tmp_path):
+    out = Path(shutil.copytree(short[0] / "a" / "seed-0", tmp_path / "run"))
+    runs = Runs(Study(), tmp_path, [], Jobs())
+    outcome = runs.look(0, out, {"script": ["0"]})
+    assert all(len(values) == 1 for values in outcome.shaped.values()) and set(outcome.shaped) == set(SHAPING)
+    assert outcome.shaped["config"][0]["batch_size"] == 40 and "seed" not in outcome.shaped["config"][0]
+    book = Ledger(out, 10, 10, print)
+    says = {"config": {"lr": 0.1, "seed": 0}, "kernels": "SkylakeX", "frozen": "0"}
+    book.begin(says)
+    book.go_on(0, book.head, says | {"kernels": "Haswell", "frozen": "1"})
+    assert shaping(out / "ledger.jsonl") == {"config": [{"lr": 0.1}], "kernels": ["SkylakeX", "Haswell"]}
+    (out / "ledger.jsonl").write_text("damaged\n")
+    with pytest.raises(UserError, match=f"ledger.jsonl: line 1 is no entry: remove {out}, and it is trained again"):
+        runs.look(0, out, {})
+    (out / "ledger.jsonl").unlink()  # as with --ledger-every 0
+    assert runs.look(0, out, {"script": ["0"]}).shaped == {}

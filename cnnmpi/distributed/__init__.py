@@ -9,6 +9,7 @@ grads, statistics, counts = reducer.reduce()       # the sums over all shards: e
 from cnnmpi.distributed.errors import DisagreementError, NotFiniteError, RemoteError, UserError
 from cnnmpi.distributed.job import failing_together, launched, little_shared_memory, start
 from cnnmpi.distributed.last_words import say
+from cnnmpi.distributed.launcher import find_launcher, split_words
 from cnnmpi.distributed.ranks import Ranks
 from cnnmpi.distributed.reduction import DeviceReducer, ExactReducer, Reducer
 
@@ -22,8 +23,10 @@ __all__ = [
     "RemoteError",
     "UserError",
     "failing_together",
+    "find_launcher",
     "launched",
     "little_shared_memory",
     "say",
+    "split_words",
     "start",
 ]
