@@ -168,7 +168,7 @@ def test_the_folder_of_another_study_is_refused(short, capsys):
             {"sources_sha256": ["0"], "network": ["1"]},
             "seed 0 and seed 1 differ in network, sources_sha256",
         ),
-        ({"kernels": ["SkylakeX", "Haswell"]}, "kernels changed while seed 0 ran"),
+        ({"data_sha256": ["1", "2"]}, "data_sha256 changed while seed 0 ran"),
     ],
 )
 def test_runs_that_were_shaped_otherwise_are_not_summed_up(shaped, message, short, tmp_path, capsys):
@@ -205,10 +205,10 @@ def test_what_shaped_a_run_is_read_from_its_ledger(short, tmp_path):
     assert all(len(values) == 1 for values in outcome.shaped.values()) and set(outcome.shaped) == set(SHAPING)
     assert outcome.shaped["config"][0]["batch_size"] == 40 and "seed" not in outcome.shaped["config"][0]
     book = Ledger(out, 10, 10, print)
-    says = {"config": {"lr": 0.1, "seed": 0}, "kernels": "SkylakeX", "frozen": "0"}
+    says = {"config": {"lr": 0.1, "seed": 0}, "sources_sha256": "1", "kernels": "SkylakeX", "frozen": "0"}
     book.begin(says)
-    book.go_on(0, book.head, says | {"kernels": "Haswell", "frozen": "1"})
-    assert shaping(out / "ledger.jsonl") == {"config": [{"lr": 0.1}], "kernels": ["SkylakeX", "Haswell"]}
+    book.go_on(0, book.head, says | {"sources_sha256": "2", "kernels": "Haswell"})
+    assert shaping(out / "ledger.jsonl") == {"config": [{"lr": 0.1}], "sources_sha256": ["1", "2"]}
     (out / "ledger.jsonl").write_text("damaged\n")
     with pytest.raises(UserError, match=f"ledger.jsonl: line 1 is no entry: remove {out}, and it is trained again"):
         runs.look(0, out, {})
