@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from cnnmpi import checkpoint
+from cnnmpi.audit.record import Record
 from cnnmpi.bisect.__main__ import main
 from cnnmpi.bisect.again import compare
+from cnnmpi.bisect.shaping import changes
 from cnnmpi.data import DataLoader, read_hdf5, write_hdf5
 from cnnmpi.train import Trainer
 from cnnmpi.train.fingerprint import FINGERPRINT
-from cnnmpi.train.ledger import LEDGER
+from cnnmpi.train.ledger import LEDGER, Entry
 from tests.jobs import MPIRUN, needs_mpirun, run
 from tests.test_fingerprint import trained
 
@@ -120,7 +122,8 @@ def test_other_settings_from_an_epoch_on_are_named(whole, data, tmp_path, capsys
     assert "the first difference: step 11, features.0.weight: " in text and "which points to lr\n" in text
 
 
-def test_another_pixel_is_named(whole, pixel, tmp_path, capsys):
+def test_another_pixel_is_named(whole, pixel, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cnnmpi.bisect.shaping.CHUNK", 10)
     trained(pixel, tmp_path / "run", **RUN)
     assert bisect(whole, tmp_path / "run") == 1
     out = capsys.readouterr().out
@@ -157,6 +160,21 @@ def test_other_kernels_are_named(whole, data, tmp_path, monkeypatch, capsys):
         trained(data, tmp_path / "run", **RUN)
     assert bisect(whole, tmp_path / "run") == 1
     assert "which points to kernels: B was computed by others than are here" in capsys.readouterr().out
+
+
+def test_kernels_that_give_the_same_bits_are_no_cause(whole, data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as there:
+        there.setattr("cnnmpi.functional.kernels", lambda device: "openblas Other")
+        trained(data, tmp_path / "run", **RUN | {"lr": 0.07})
+    assert bisect(whole, tmp_path / "run") == 1
+    assert capsys.readouterr().out.endswith("which points to lr\n")
+
+
+def test_what_changes_twice_is_told_twice():
+    says = [{"kernels": "a"}, {"step": 0}, {"changed": 4, "kernels": "b"}, {"changed": 8, "kernels": "c", "code": {}}]
+    record = Record(Path(), chain=[Entry(b"", each) for each in says])
+    assert [*changes(record, 9)] == [(4, "kernels", "a", "b"), (8, "code", "none", "{}"), (8, "kernels", "b", "c")]
+    assert [*changes(record, 7)] == [(4, "kernels", "a", "b")]
 
 
 def test_where_neither_can_be_computed_it_says_so(whole, data, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Fingerprints: all calls of the steps asked for, in order, the same bytes for any ranks, and no trace in the run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,9 @@ def test_a_run_is_what_it_is_without(data, printed, tmp_path):
 @pytest.mark.mpi_skip
 def test_a_run_that_goes_on_writes_the_same(data, printed, tmp_path):
     out = trained(data, tmp_path / "run", max_steps=2, fingerprint="2:3")
+    second = shutil.copy(out / "last.h5", tmp_path / "second.h5")
+    trained(data, out, max_steps=3, resume="auto", fingerprint="2:3")
+    shutil.copy(second, out / "last.h5")  # a step that was done, and not saved, is done again
     with (out / FINGERPRINT).open("a") as file:
         file.write('{"step": 3, "shard": 0, "pla')  # as a kill leaves it
     trained(data, out, resume="auto", fingerprint="2:3")
