@@ -94,8 +94,7 @@ class Again:
         for step in range(self.last + 1, self.first + 1):
             for side in self.sides:
                 run = runs[side.letter]
-                changed = side.record.at(step - 1) != side.record.at(self.last)  # as by a resume with other code
-                if changed and side.record.at(step - 1) != side.record.at(step - 2):
+                if step - 1 > self.last and not side.record.same(step - 2, step - 1):  # as by a resume of other code
                     run = runs[side.letter] = self._trainer(side, step - 1, self._state(run))
                 losses[side.letter] = run.train_step()
             a, b = (pack(run.model, run.optimizer) for run in runs.values())
