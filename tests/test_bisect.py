@@ -21,6 +21,7 @@ from cnnmpi.train import Trainer
 from cnnmpi.train.fingerprint import FINGERPRINT
 from cnnmpi.train.ledger import LEDGER, Entry
 from tests.jobs import MPIRUN, needs_mpirun, run
+from tests.test_audit import rechain
 from tests.test_fingerprint import trained
 
 pytestmark = pytest.mark.mpi_skip
@@ -117,7 +118,7 @@ def test_other_settings_from_an_epoch_on_are_named(whole, data, tmp_path, capsys
     trained(data, out, **RUN | {"resume": "auto"})
     assert bisect(whole, out) == 1
     text = capsys.readouterr().out
-    assert "B: from step 10 on, lr is 0.2 and no longer 0.06" in text
+    assert "B: from step 10 on, lr: 0.2 instead of 0.06" in text
     assert "they agree up to step 10 and part at step 12" in text
     assert "the first difference: step 11, features.0.weight: " in text and "which points to lr\n" in text
 
@@ -159,7 +160,7 @@ def test_other_kernels_are_named(whole, data, tmp_path, monkeypatch, capsys):
         one_ulp(there, range(1, 99))
         trained(data, tmp_path / "run", **RUN)
     assert bisect(whole, tmp_path / "run") == 1
-    assert "which points to kernels: B was computed by others than are here" in capsys.readouterr().out
+    assert "which points to kernels: B was computed otherwise than here" in capsys.readouterr().out
 
 
 def test_kernels_that_give_the_same_bits_are_no_cause(whole, data, tmp_path, monkeypatch, capsys):
@@ -171,10 +172,14 @@ def test_kernels_that_give_the_same_bits_are_no_cause(whole, data, tmp_path, mon
 
 
 def test_what_changes_twice_is_told_twice():
-    says = [{"kernels": "a"}, {"step": 0}, {"changed": 4, "kernels": "b"}, {"changed": 8, "kernels": "c", "code": {}}]
+    says = [
+        {"kernels": "a", "code": {"model": "x"}},
+        {"step": 0},
+        {"changed": 4, "kernels": "b"},
+        {"changed": 8, "kernels": "c", "code": {"model": "y"}},
+    ]
     record = Record(Path(), chain=[Entry(b"", each) for each in says])
-    assert [*changes(record, 9)] == [(4, "kernels", "a", "b"), (8, "code", "none", "{}"), (8, "kernels", "b", "c")]
-    assert [*changes(record, 7)] == [(4, "kernels", "a", "b")]
+    assert [*changes(record)] == [(4, "kernels", "a", "b"), (8, "code model", "x", "y"), (8, "kernels", "b", "c")]
 
 
 def test_where_neither_can_be_computed_it_says_so(whole, data, tmp_path, monkeypatch, capsys):
@@ -184,7 +189,7 @@ def test_where_neither_can_be_computed_it_says_so(whole, data, tmp_path, monkeyp
     assert bisect(whole, tmp_path / "run") == 1
     out = capsys.readouterr().out
     assert "as they are computed here, the first difference: step 1, features.0.weight" in out
-    assert out.count("cannot be judged here, where kernels are not what they were") == 2
+    assert "\nwhich points to lr\n" in out and out.count("cannot be judged here: other kernels\n") == 2
 
 
 @needs_mpirun
@@ -209,7 +214,11 @@ def test_equal_fingerprints_agree(printed, data, tmp_path, capsys):
     assert bisect(printed, tmp_path / "run") == 0
     assert "fingerprints: the same, in 2 steps" in capsys.readouterr().out
     trained(data, tmp_path / "later", fingerprint="4:4")
-    assert bisect(printed, tmp_path / "later") == 2
+    assert bisect(printed, tmp_path / "later") == 0  # by their ledgers
+    for out in (printed, tmp_path / "later"):
+        shutil.copytree(out, tmp_path / "alone" / out.name, ignore=shutil.ignore_patterns(LEDGER))
+    capsys.readouterr()
+    assert bisect(*(tmp_path / "alone").iterdir()) == 2
     assert "no step in common" in capsys.readouterr().out
 
 
@@ -230,7 +239,8 @@ def test_kernels_that_this_processor_did_not_choose_show_in_the_first_product(pr
     assert bisect(*sorted((tmp_path / "alone").iterdir())) == 1
     out = capsys.readouterr().out
     assert "kernels" in out and "Conv2d forward of all shards: takes the same, and gives other output" in out
-    assert "fingerprints: step 1, features.0" in out and "which points to what computes this: kernels" in out
+    assert "fingerprints: step 1, features.0" in out and "points to what computes this: kernels" in out
+    assert "what shapes them is not the same, kernels: look there first" in out
 
 
 @pytest.mark.parametrize(
@@ -252,7 +262,8 @@ def test_a_fingerprint_tells_what_is_otherwise(setting, place, points, printed, 
     trained(data, tmp_path / "run", fingerprint="1:1", max_steps=1, **setting)
     assert bisect(printed, tmp_path / "run") == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith(f"fingerprints: {place}") and points in lines[-1]
+    assert lines[-3].startswith(f"fingerprints: {place}") and points in lines[-1]
+    assert next(iter(setting)) in lines[-2] and lines[-2].endswith(": look there first")
 
 
 def test_an_image_whose_pixels_changed_places_shows_in_its_shard(data, tmp_path, capsys):
@@ -276,6 +287,110 @@ def set_up_loader(data: Path) -> DataLoader:
     return DataLoader(dataset.train_images, dataset.train_labels, 40, seed=0, shards=8)
 
 
+def test_where_the_first_step_has_other_weights_already_it_says_so(data, tmp_path, monkeypatch, capsys):
+    trained(data, tmp_path / "a", fingerprint="3:4")
+    one_ulp(monkeypatch, range(1, 2))
+    trained(data, tmp_path / "b", fingerprint="3:4")
+    bisect(tmp_path / "a", tmp_path / "b")
+    out = capsys.readouterr().out
+    assert "fingerprints: step 3, features.0 Conv2d forward of all shards: takes other weight, bias\n" in out
+    assert "which points to a step before 3: compare fingerprints of earlier ones" in out
+
+
+# -- what is harder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_change_after_the_last_agreement_is_the_cause(whole, data, tmp_path, capsys):
+    out = trained(data, tmp_path / "run", **RUN | {"max_steps": 14})
+    arrays, attributes = checkpoint.load(out / "last.h5")
+    attributes["config"] = json.dumps(json.loads(attributes["config"]) | {"lr": 0.09})
+    checkpoint.save(out / "last.h5", arrays, attributes)
+    trained(data, out, **RUN | {"resume": "auto"})
+    assert bisect(whole, out) == 1
+    text = capsys.readouterr().out
+    assert "they agree up to step 12 and part at step 16" in text and "the first difference: step 15, " in text
+    assert "which points to lr\n" in text
+
+
+def test_a_change_of_kernels_after_a_fault_does_not_excuse_it(whole, data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as there:
+        one_ulp(there, range(13, 14))
+        trained(data, tmp_path / "run", **RUN | {"max_steps": 16})
+    with monkeypatch.context() as there:
+        there.setattr("cnnmpi.functional.kernels", lambda device: "openblas Other")
+        trained(data, tmp_path / "run", **RUN | {"resume": "auto"})
+    assert bisect(whole, tmp_path / "run") == 1
+    out = capsys.readouterr().out
+    assert "part at step 16" in out and "B: from step 16 on, kernels: openblas Other" in out
+    assert "which points to B: a single fault" in out
+
+
+def test_sums_in_float32_are_no_failing_host(data, tmp_path, monkeypatch, capsys):
+    trained(data, tmp_path / "a", **RUN | {"reduction": "float32"})
+    with monkeypatch.context() as there:
+        one_ulp(there, range(5, 6))  # as another number of ranks
+        trained(data, tmp_path / "b", **RUN | {"reduction": "float32"})
+    assert bisect(tmp_path / "a", tmp_path / "b") == 1
+    assert "which points to reduction: B was computed otherwise than here" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_not_the_runs_is_passed_over(whole, data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as there:
+        one_ulp(there, range(14, 15))
+        trained(data, tmp_path / "b", **RUN)
+    copy = Path(shutil.copytree(whole, tmp_path / "a"))
+    path = copy / "kept" / "epoch-0001.h5"
+    arrays, attributes = checkpoint.load(path)
+    array = arrays["model/features.0.weight"]
+    array.flat[0] = np.nextafter(array.flat[0], np.float32(9))
+    weights = {key.removeprefix("model/"): value for key, value in arrays.items() if key.startswith("model/")}
+    checkpoint.save(path, arrays, attributes | {"weights_sha256": checkpoint.weights_digest(weights)})
+    assert bisect(copy, tmp_path / "b") == 1
+    out = capsys.readouterr().out
+    assert "computed again from step 10: A's entry is what it gives" in out and "points to B: a single fault" in out
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("data = [")])
+def test_settings_that_do_not_name_the_data_are_one_line(damage, whole, data, tmp_path, capsys):
+    trained(data, tmp_path / "b", **RUN | {"max_steps": 4, "lr": 0.1})
+    damage(tmp_path / "b" / "config.toml")
+    assert bisect(tmp_path / "b", whole) == 1
+    assert "NOT COMPUTED AGAIN" in (out := capsys.readouterr().out) and "does not name the data" in out
+
+
+@pytest.mark.fault
+def test_no_code_is_imported_because_a_ledger_names_it(whole, tmp_path, capsys):
+    (tmp_path / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nNet = print\n"
+    )
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+
+    def evil(says: list[dict]) -> None:
+        says[0]["config"]["model"] = f"{tmp_path / 'evil.py'}:Net"
+        for entry in says[2:]:
+            entry["weights"] = "0" * 64
+
+    rechain(copy, evil)
+    assert bisect(copy, whole) == 1
+    assert "its model is a person's own" in capsys.readouterr().out and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.fault
+def test_a_ledger_of_endless_steps_is_not_computed(whole, tmp_path, capsys):
+    copies = [Path(shutil.copytree(whole, tmp_path / name)) for name in "ab"]
+    for number, copy in enumerate(copies):
+        shutil.rmtree(copy / "kept")
+
+        def endless(says: list[dict], number: int = number) -> None:
+            says[0] |= {"every": 10**12, "steps_per_epoch": 10**12}
+            says[2:] = [says[2] | {"step": 10**12, "weights": str(number)}]
+
+        rechain(copy, endless)
+    assert bisect(*copies) == 1
+    assert "steps_per_epoch is 1000000000000, with these data 10" in capsys.readouterr().out
+
+
 # -- what cannot be compared -------------------------------------------------------------------------------------------
 
 
@@ -284,9 +399,9 @@ def set_up_loader(data: Path) -> DataLoader:
     "damage, words",
     [
         (lambda out: shutil.rmtree(out), "no such folder"),
-        (lambda out: (out / LEDGER).unlink(), "only a run with a ledger can be audited"),
-        (lambda out: (out / LEDGER).write_bytes((out / LEDGER).read_bytes()[:-9]), "python -m cnnmpi.audit"),
-        (lambda out: (out / LEDGER).write_text('{"ledger": 2, "before": ""}\n'), "not a ledger of version 1"),
+        (lambda out: (out / LEDGER).unlink(), "without its ledger a run cannot be checked"),
+        (lambda out: (out / LEDGER).write_bytes((out / LEDGER).read_bytes()[9:]), "python -m cnnmpi.audit"),
+        (lambda out: (out / LEDGER).write_text('{"ledger": 2, "before": ""}\n'), "a ledger of version 2, not 1"),
     ],
 )
 def test_what_is_no_whole_run_is_one_line(damage, words, whole, tmp_path, capfd):
@@ -313,7 +428,7 @@ def test_a_run_that_goes_on_is_refused(whole, tmp_path, capfd):
         (lambda lines: [b'{"fingerprint": 2}\n', *lines[1:]], "not a fingerprint of version 1"),
         (lambda lines: [lines[0], b'{"step": 1}\n'], "line 2 is no call"),
         (lambda lines: [lines[0], *lines[len(lines) // 3 * 2 + 1 :], *lines[1:]], "goes back to step 1"),
-        (lambda lines: [lines[0], b"x" * (1 << 21) + b"\n", *lines[1:]], "no step in common"),
+        (lambda lines: [lines[0], b"x" * (1 << 21) + b"\n", *lines[1:]], "line 2 is no call: the file is damaged"),
         (lambda lines: [], "not a fingerprint"),
     ],
 )

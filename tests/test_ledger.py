@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from cnnmpi import checkpoint
+from cnnmpi.distributed import Ranks
+from cnnmpi.train import Config, set_up
+from cnnmpi.train.folder import RunFolder
 from cnnmpi.train.ledger import BrokenChainError, Ledger, entries, plain_settings
 from tests.jobs import command, needs_mpirun, rank_pids, run, signal_all, start_and_wait
 
@@ -168,3 +171,13 @@ def test_a_ledger_on_a_full_disk_has_no_gap(tmp_path):
     book.enter({"step": 2})
     assert len(told) == 1 and "No space left on device; a resume writes what is missing" in told[0]
     assert len([*entries(path)]) == 1
+
+
+def test_a_ledger_has_reached_the_disk_before_a_checkpoint_names_its_head(data, tmp_path, monkeypatch):
+    order: list[str] = []
+    save, sync = RunFolder.save, "cnnmpi.train.ledger.sync"
+    monkeypatch.setattr(sync, lambda path: order.append(path.name))
+    monkeypatch.setattr(RunFolder, "save", lambda *args: (order.append("save"), save(*args))[1])
+    config = Config(data=str(data), out=tmp_path / "run", batch_size=40, max_steps=10, threads=1, quiet=True)
+    assert set_up(config, Ranks()).run() == 0
+    assert order == ["ledger.jsonl", "save"] * 3  # before the first step, best.h5, last.h5

@@ -1,1 +1,1 @@
-"""Audits of runs: what a folder says (record.py), computing it again (compute.py). ``python -m cnnmpi.audit``."""
+"""Audits of runs: what a folder says (record.py), computing it again (replay.py), comparing both (compute.py)."""

@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from cnnmpi.audit.compute import check_state, compute, data_of_run, scratch_folder, trainer_of, unlike_here
-from cnnmpi.audit.record import UNKNOWN, Record, Saved, read
+from cnnmpi.audit.compute import check_state, compute
+from cnnmpi.audit.record import UNKNOWN, Record, read
+from cnnmpi.audit.replay import Replay, State, data_of_run, fits, scratch_folder, unlike_here
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import Ranks, UserError, failing_together, start
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(PROGRAM, error)
         return CANNOT
     code = CANNOT
-    with failing_together(ranks):
+    with failing_together(ranks, crash=CANNOT):
         code = tyro.cli(functools.partial(run, ranks), args=argv, prog=f"python -m {PROGRAM}", description=__doc__)
     return code
 
@@ -67,6 +68,8 @@ def run(
 
     """
     begun = time.monotonic()
+    if seed is not None and seed < 0:
+        raise UserError(f"--seed must be a number of at least 0, got {seed}")
     seed = ranks.on_rank0(lambda: secrets.randbits(32)) if seed is None else seed
     record = ranks.on_rank0(lambda: read(folder, init))
     other: dict[str, str] = {}
@@ -83,9 +86,11 @@ def run(
             verdict = "WRONG: the run is not what its ledger says"
         elif UNKNOWN in found:
             verdict = "NOT TOLD HERE: nothing was found to be wrong, but see above for what could not be checked"
-        else:
+        elif segments:
             verdict = "SOUND: all that was checked is as the ledger says"
-        print(f"{verdict} (seed {seed}, {ranks.size} ranks, {time.monotonic() - begun:.0f} s)")
+        else:
+            verdict = "SOUND as far as it was read: nothing was computed again"
+        print(f"{verdict} (seed {seed}, {ranks.size} rank{'s' * (ranks.size > 1)}, {time.monotonic() - begun:.0f} s)")
     return FOUND if "WRONG" in found else CANNOT if UNKNOWN in found else 0
 
 
@@ -101,32 +106,37 @@ def _recompute(
     # and those that end in a checkpoint for which only this can vouch
     chosen = [part for index, part in enumerate(parts) if index in drawn or part[1].step not in record.said]
     with scratch_folder(ranks) as scratch:
-        make = functools.partial(trainer_of, record, ranks, data, given, scratch)
-        trainer = make(parts[0][0] if parts else record.files[0] if record.files else Saved(0))
-        other = unlike_here(record, trainer, record.opening["begins"], record.opening["begins"] + 1)
-        if other.keys() & {"network", "frozen"}:
+        make = functools.partial(Replay, record, ranks, data, given, scratch)
+        replay = make()
+        other = unlike_here(record, replay.run, record.opening["begins"], record.opening["begins"] + 1)
+        if wrong := fits(record, replay.run):
+            record.note("ledger", wrong)
+            return other
+        if "network" in other:
             record.rows.append(("parts", UNKNOWN, "another network cannot compute them again"))
             return other
         for saved in record.files:
             assert saved.path is not None
-            if wrong := check_state(record, trainer, saved):
+            if wrong := check_state(replay, saved):
                 record.note(str(saved.path.relative_to(record.folder)), wrong)
         if "WRONG" in record.verdicts():
             return other
         for first, last in chosen:
-            trainer = make(first)
-            unlike = unlike_here(record, trainer, first.step, last.step)
+            replay = make(State.load(first.path) if first.path else None)
+            found = compute(replay, last)
+            unlike = unlike_here(record, replay.run, first.step, found.step or last.step)
             other |= unlike
-            difference, compared, deviation = compute(record, trainer, last)
             what = f"steps {first.step}-{last.step}"
-            if difference and unlike:
-                record.rows.append((what, UNKNOWN, f"other bits; losses differ by {deviation:.2g} of them at most"))
-                continue
-            if difference and first.path is None and record.init:
-                raise UserError(f"--init {record.init}: with it, the run differs at {difference}: is it that file?")
-            record.note(what, difference, f"{compared} entries computed again")
-            if not difference:
-                _vouch(record, last.step)
+            if found.difference and unlike:
+                words = f"other bits from step {found.step} on; losses differ by {found.deviation:.2g} of them at most"
+                record.rows.append((what, UNKNOWN, words))
+            elif found.difference and found.step == 0 and record.init:
+                raise UserError(f"--init {record.init}: the run did not begin from these weights")
+            else:
+                entries = "entry" if found.compared == 1 else "entries"
+                record.note(what, found.difference, f"{found.compared} {entries} computed again")
+                if not found.difference:
+                    _vouch(record, last.step)
     if parts:
         record.rows.append(("parts", "ok", f"{len(chosen)} of {len(parts)} computed again"))
     else:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import tomllib
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from cnnmpi.common.files import open_regular
 from cnnmpi.distributed import UserError
 from cnnmpi.train import Config
 from cnnmpi.train.config import experiment, from_plain, to_plain
-from cnnmpi.train.ledger import LEDGER, SKIPPED, BrokenChainError, Entry, entries, plain_settings
+from cnnmpi.train.ledger import LEDGER, SKIPPED, BrokenChainError, Entry, OtherVersionError, entries, plain_settings
 from cnnmpi.train.state import read_saved_run
 
+LARGEST = 1 << 53  # step; a larger one is nobody's
+NO_SHAPING = {"ledger", "every", "steps_per_epoch", "begins", "before", "changed"}  # in the lines that say what shapes
 STATE = ("weights", "statistics", "optimizer")
 UNKNOWN = "?"  # in the place of a verdict
 
@@ -55,39 +58,36 @@ class Record:
         """What shapes the run."""
         return self.chain[0].says
 
-    @property
+    @functools.cached_property
     def said(self) -> dict[int, dict[str, Any]]:
-        """Return {step: the entry of that step}."""
+        """{step: the entry of that step}."""
         return {entry.says["step"]: entry.says for entry in self.chain if entry.step is not None}
 
-    def shaping(self, first: int, last: int) -> list[dict[str, Any]]:
-        """Return what shaped the run, as it was at step ``first``, and as it changed until ``last``."""
-        known, found = dict(self.opening), []
-        for entry in self.chain:
-            if (changed := entry.says.get("changed")) is not None and changed < last:
-                if changed > first:
-                    found.append(dict(known))
-                known |= entry.says
-        return [*found, known]
+    @functools.cached_property
+    def changes(self) -> list[tuple[int, dict[str, Any]]]:
+        """(step, what is otherwise from there on), in order: as after a resume on another processor."""
+        changed = [entry.says for entry in self.chain if "changed" in entry.says]
+        return [(says["changed"], {name: says[name] for name in says.keys() - NO_SHAPING}) for says in changed]
 
     def at(self, step: int) -> dict[str, Any]:
         """Return what shapes the steps after ``step``."""
-        known = dict(self.opening)
-        for entry in self.chain:
-            if (changed := entry.says.get("changed")) is not None and changed <= step:
-                known |= entry.says
+        known = {name: value for name, value in self.opening.items() if name not in NO_SHAPING}
+        for changed, news in self.changes:
+            if changed <= step:
+                known |= news
         return known
 
-    def same(self, first: int, last: int) -> bool:
-        """Return whether nothing that shapes the run changes from one step to another."""
-        return self.at(first) == self.at(last)
+    def shaping(self, first: int, last: int) -> list[dict[str, Any]]:
+        """Return all that shaped the steps after ``first`` up to ``last``: several, where it changed."""
+        return [self.at(step) for step in (first, *(step for step, _ in self.changes if first < step < last))]
 
     def segments(self) -> list[tuple[Saved, Saved]]:
         """Return the parts of the run that can be computed again: from one checkpoint to the next, or to the end."""
         places = {saved.step: saved for saved in self.files}
         if self.opening["begins"] == 0 and (self.init or not self.opening.get("init")):
             places |= {0: Saved(0)}
-        places |= {max(self.said): Saved(max(self.said))} if max(self.said) not in places else {}
+        if max(self.said) > max(places, default=0):
+            places[max(self.said)] = Saved(max(self.said))
         ordered = [places[step] for step in sorted(places)]
         return [*itertools.pairwise(ordered)]
 
@@ -100,14 +100,20 @@ def read(folder: Path, init: Path | None = None) -> Record:
     _refuse_a_running_one(folder)
     record, path = Record(folder, init), folder / LEDGER
     try:
-        record.chain = [*entries(path)]
+        record.chain = [*entries(path, torn=True)]
         _check_entries(record)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: only a run with a ledger can be audited") from None
+        raise UserError(f"{path}: {error.strerror}: without its ledger a run cannot be checked") from None
+    except OtherVersionError as error:
+        raise UserError(f"{error}: it takes the version of cnnmpi that wrote it") from None
     except BrokenChainError as error:
         record.note("ledger", str(error).removeprefix(f"{path}: "))
         return record
+    if not record.said:
+        raise UserError(f"{path}: it has no entry of a step yet: let the run go on, by --resume")
     record.note("ledger", "", f"{len(record.chain)} entries to step {max(record.said)}, {record.chain[-1].hash}")
+    if sum(len(entry.blob) for entry in record.chain) != path.stat().st_size:
+        record.rows.append(("its end", UNKNOWN, "the last line was cut off, as by a kill: --resume writes it again"))
     if record.opening["begins"]:
         record.rows.append(("before", UNKNOWN, f"the ledger begins at step {record.opening['begins']}"))
     elif record.opening.get("init") and init is None:
@@ -118,7 +124,7 @@ def read(folder: Path, init: Path | None = None) -> Record:
         with open_regular(folder / "config.toml") as file:
             content = tomllib.loads(file.read(1 << 20).decode(errors="surrogateescape"))
         settings = experiment(Config(**from_plain(content, "config.toml")))
-        wrong = _other(plain_settings(to_plain(settings)), record.opening["config"])
+        wrong = _other(plain_settings(to_plain(settings)), record.at(LARGEST)["config"])
     except (OSError, ValueError, UserError, KeyError) as error:
         wrong = str(error)
     record.note("config.toml", wrong)
@@ -133,19 +139,23 @@ def _check_entries(record: Record) -> None:
     """Raise BrokenChainError unless the ledger has just the entries that such a run writes, in their order."""
     opening = record.opening if record.chain else {}
     numbers = [opening.get(name) for name in ("every", "steps_per_epoch", "begins")]
-    right = all(type(number) is int and number >= least for number, least in zip(numbers, (1, 1, 0), strict=True))
+    right = all(
+        type(number) is int and least <= number < LARGEST for number, least in zip(numbers, (1, 1, 0), strict=True)
+    )
     if not right or not isinstance(opening.get("config"), dict) or not isinstance(opening.get("data_sha256"), str):
         raise BrokenChainError("its first line does not say what shapes the run")
-    every, per_epoch, expected = int(opening["every"]), int(opening["steps_per_epoch"]), int(opening["begins"])
+    newest = expected = int(opening["begins"])
     for number, entry in enumerate(record.chain[1:], 2):
-        if "changed" in entry.says and entry.step is None and type(entry.says["changed"]) is int:
+        if "changed" in entry.says and entry.step is None:
+            changed, config = entry.says["changed"], entry.says.get("config", {})
+            if type(changed) is not int or not newest <= changed < expected or not isinstance(config, dict):
+                raise BrokenChainError(f"line {number} is no change between its neighbours")
+            newest = changed
             continue
         losses = isinstance(entry.says.get("loss", SKIPPED), str)
         if entry.step != expected or not losses or not all(isinstance(entry.says.get(name), str) for name in STATE):
             raise BrokenChainError(f"line {number} is not the entry of step {expected}")
-        expected = min((expected // each + 1) * each for each in (every, per_epoch))
-    if not record.said:
-        raise BrokenChainError("it has no entry of a step")
+        newest, expected = expected, _next(record, expected)
 
 
 def _check(record: Record, path: Path) -> None:
@@ -160,8 +170,16 @@ def _check(record: Record, path: Path) -> None:
         return
     weights = {key.removeprefix("model/"): value for key, value in arrays.items() if key.startswith("model/")}
     places = [index for index, entry in enumerate(record.chain) if entry.hash == run.ledger]
-    newest = max(step for step in record.said if step <= run.step) if run.step >= min(record.said) else None
-    wrong = _other(plain_settings(to_plain(config)), record.opening["config"])
+    if run.step == record.opening["begins"] > 0 and not run.ledger:
+        record.rows.append((name, UNKNOWN, f"step {run.step}, where the ledger begins: saved before there was one"))
+        return
+    if not min(record.said) <= run.step < _next(record, max(record.said)):
+        behind = "before the ledger begins" if run.step < min(record.said) else "and the ledger does not reach there"
+        record.rows.append((name, UNKNOWN, f"step {run.step}, {behind}"))
+        return
+    newest = max(step for step in record.said if step <= run.step)
+    configs = [record.at(step)["config"] for step in (run.step - 1, run.step)]  # saved before a change, or after
+    wrong = min((_other(plain_settings(to_plain(config)), said) for said in configs), key=len)
     if not places or [entry.step for entry in record.chain[: places[0] + 1] if entry.step is not None][-1:] != [newest]:
         wrong = f"step {run.step}: it is not of this ledger"
     elif run.data_sha256 != record.opening["data_sha256"]:
@@ -174,6 +192,12 @@ def _check(record: Record, path: Path) -> None:
         record.note(name, wrong, f"step {run.step}")
     if not wrong:
         record.files.append(Saved(run.step, path))
+
+
+def _next(record: Record, step: int) -> int:
+    """Return the step of the entry after that of ``step``."""
+    numbers: list[int] = [record.opening["every"], record.opening["steps_per_epoch"]]
+    return min((step // each + 1) * each for each in numbers)
 
 
 def _other(settings: dict[str, Any], said: dict[str, Any]) -> str:

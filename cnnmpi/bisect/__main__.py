@@ -14,11 +14,11 @@ from typing import Annotated
 
 import tyro
 
-from cnnmpi.audit.compute import data_of_run, scratch_folder
-from cnnmpi.audit.record import Record, read
+from cnnmpi.audit.record import UNKNOWN, Record, read
+from cnnmpi.audit.replay import data_of_run, scratch_folder
 from cnnmpi.bisect import fingerprints
 from cnnmpi.bisect.again import Again, Found, Side, parting
-from cnnmpi.bisect.shaping import PLATFORM, changes, differences, other_data
+from cnnmpi.bisect.shaping import FIRST, PLATFORM, changes, differences, other_data
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import Ranks, RemoteError, UserError, failing_together, start
 from cnnmpi.train.inputs import Data
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(PROGRAM, error)
         return CANNOT
     code = CANNOT
-    with failing_together(ranks):
+    with failing_together(ranks, crash=CANNOT):
         code = tyro.cli(functools.partial(run, ranks), args=argv, prog=f"python -m {PROGRAM}", description=__doc__)
     return code
 
@@ -124,9 +124,17 @@ class Comparison:
                 found = Again(sides, last, first, self.ranks, scratch).find()
         except (UserError, RemoteError) as error:  # of rank 0, or of all
             self.say(f"NOT COMPUTED AGAIN: {error}")
-            self._advise(a, b, last, first)
+            self._advise(last, first)
             return PART
-        self._tell(found, a, b, last, first)
+        begins = "from the seed" if not found.begin else f"from step {found.begin}"
+        here = [
+            f"{letter}'s entry is {'' if right else 'not '}what it gives" for letter, right in found.reproduced.items()
+        ]
+        self.say(f"computed again {begins}: {', '.join(here)}")
+        for line in judged(found, a, b, first):
+            self.say(line)
+        if not all(found.reproduced.values()):
+            self._advise(last, first)
         return PART
 
     def fingerprints(self) -> int:
@@ -135,17 +143,20 @@ class Comparison:
         if a is None or b is None:
             return AGREE
         shaped = [*differences(fingerprints.head(a), fingerprints.head(b))]
-        if shaped and not all((folder / LEDGER).exists() for folder in self.folders):
+        have = [(folder / LEDGER).exists() for folder in self.folders]
+        if shaped and not all(have):
             self.say(table(("what shapes them", "A", "B"), shaped))
         found, steps = fingerprints.first_parting(a, b)
         if not steps:
             self.say("fingerprints: they have no step in common")
-            return CANNOT
+            return AGREE if all(have) else CANNOT
         if found is None:
-            self.say(f"fingerprints: the same, in {steps} steps")
+            self.say(f"fingerprints: the same, in {steps} step{'s' * (steps > 1)}")
             return AGREE
         self.say(f"fingerprints: {found}")
-        self.say(f"which points to {found.points_to()}")
+        if shaped:
+            self.say(f"what shapes them is not the same, {', '.join(name for name, *_ in shaped)}: look there first")
+        self.say(f"which {'by itself ' * bool(shaped)}points to {found.points_to()}")
         return PART
 
     def _tell_shaping(self, a: Record, b: Record, first: int | None) -> None:
@@ -155,8 +166,11 @@ class Comparison:
         elif first is not None:
             self.say("what shapes them is the same at their beginning")
         for letter, record in (("A", a), ("B", b)):
-            for step, name, before, afterwards in changes(record, max(record.said)):
-                self.say(f"{letter}: from step {step} on, {name} is {afterwards} and no longer {before}")
+            for step, name, before, afterwards in changes(record):
+                self.say(f"{letter}: from step {step} on, {name}: {afterwards} instead of {before}")
+            for what, verdict, words in record.rows:
+                if verdict == "WRONG" or (what == "its end" and verdict == UNKNOWN):
+                    self.say(f"{letter}: {what}: {words}")
 
     def _sides(
         self, records: tuple[Record, Record], owns: tuple[dict[str, str], dict[str, str]], threads: int
@@ -180,40 +194,7 @@ class Comparison:
         ]
         return sides[0], sides[1]
 
-    def _tell(self, found: Found, a: Record, b: Record, last: int | None, first: int) -> None:
-        """Say what computing again has shown, and what it points to."""
-        begins = "from the seed" if not found.begin else f"from step {found.begin}"
-        here = [
-            f"{letter}'s entry is {'' if right else 'not '}what it gives" for letter, right in found.reproduced.items()
-        ]
-        self.say(f"computed again {begins}: {', '.join(here)}")
-        shaped = [name for name, *_ in differences(a.at(last or 0), b.at(last or 0))]
-        wrong = [letter for letter, right in found.reproduced.items() if not right]
-        if not wrong:
-            self.say(f"the first difference: {found.first}")
-            own = [name for name in shaped if name.partition(" ")[0] not in PLATFORM] or shaped
-            self.say(f"which points to {', '.join(own) or 'nothing that the ledgers name'}")
-            return
-        if found.first is not None:
-            self.say(f"as they are computed here, the first difference: {found.first}")
-        for letter in wrong:
-            # what is otherwise here does not matter where it did not for the other run
-            unlike = [
-                name
-                for name in found.unlike[letter]
-                if len(wrong) == 2 or a.at(first).get(name) != b.at(first).get(name)
-            ]
-            if not unlike and letter in found.in_files:
-                self.say(f"the first difference that {letter}'s files show: {found.in_files[letter]}")
-            if alone := [name for name in shaped if name.partition(" ")[0] in unlike]:
-                self.say(f"which points to {', '.join(alone)}: {letter} was computed by others than are here")
-            elif unlike:
-                self.say(f"{letter} cannot be judged here, where {', '.join(unlike)} are not what they were")
-            else:
-                self.say(f"which points to {letter}: {FAULTS[found.goes_on.get(letter)]}")
-        self._advise(a, b, last, first)
-
-    def _advise(self, a: Record, b: Record, last: int | None, first: int) -> None:
+    def _advise(self, last: int | None, first: int) -> None:
         """Say how to come closer, where no fingerprint tells more."""
         if not all(self.prints):
             low = (last or 0) + 1
@@ -221,6 +202,42 @@ class Comparison:
                 f"to see the step and the layer: on each machine, resume a copy of the run from before step {low}, or "
                 f"start it, with --fingerprint {low}:{first} --max-steps {first}; and compare the two folders"
             )
+
+
+def judged(found: Found, a: Record, b: Record, first: int) -> list[str]:
+    """Return in lines where two runs part, which have been computed again up to the step ``first``, and why."""
+    parts = (found.first.step if found.first else first) - 1
+    names = [name for name, *_ in differences(a.at(parts), b.at(parts))]
+    platform = [name for name in names if name.partition(" ")[0] in PLATFORM]
+    own = [name for name in names if name not in platform]
+    if parts < 0:
+        own = [name for name in own if name.partition(" ")[0] in FIRST] or own
+    wrong = [letter for letter, right in found.reproduced.items() if not right]
+    if not wrong:
+        causes = own or platform or ["nothing that the ledgers name"]
+        return [f"the first difference: {found.first}", f"which points to {', '.join(causes)}"]
+    lines = []
+    if found.first is not None:
+        lines = [f"as they are computed here, the first difference: {found.first}"]
+        lines += [f"which points to {', '.join(own)}"] if own else []
+    for letter in wrong:
+        # what is otherwise here does not matter where it did not for the other run
+        alone = len(wrong) == 2
+        unlike = [name for name in found.unlike[letter] if alone or name in ("reduction", *_heads(names))]
+        if unlike and set(unlike) <= {*_heads(platform), "reduction"} and not alone:
+            lines.append(f"which points to {', '.join(unlike)}: {letter} was computed otherwise than here")
+        elif unlike:
+            lines.append(f"{letter} cannot be judged here: other {', '.join(unlike)}")
+        else:
+            if letter in found.in_files:
+                lines.append(f"the first difference that {letter}'s files show: {found.in_files[letter]}")
+            lines.append(f"which points to {letter}: {FAULTS[found.goes_on.get(letter)]}")
+    return lines
+
+
+def _heads(names: Sequence[str]) -> list[str]:
+    """Return of "versions numpy" the "versions"."""
+    return [name.partition(" ")[0] for name in names]
 
 
 def _readable(folder: Path) -> Record:

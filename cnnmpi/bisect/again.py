@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 
 from cnnmpi import checkpoint
-from cnnmpi.audit.compute import trainer_of
-from cnnmpi.audit.record import STATE, Record, Saved
+from cnnmpi.audit.record import STATE, Record
+from cnnmpi.audit.replay import Replay, State, differing, fits, unlike_here
 from cnnmpi.common.arrays import Array
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train import Trainer
 from cnnmpi.train.inputs import Data
-from cnnmpi.train.state import Arrays, pack, read_saved_run, unpack
+from cnnmpi.train.state import Arrays, pack
 
-HERE = ("kernels", "versions", "sources_sha256", "code", "network", "frozen")  # what may be otherwise here
 MANY = 1000  # units in the last place; a larger difference is told as a number
-SAID = ("loss", "skipped", *STATE, "loss_scale")  # in an entry of a step
+SAID = ("loss", *STATE, "loss_scale")  # in an entry of a step
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Found:
 
     ``first`` is where the two runs, as they are computed here, part; ``in_files`` where a checkpoint does not hold what
     is computed here. ``reproduced`` says of A and B whether the entry at which they part is what is computed here, and
-    ``unlike`` what shapes them otherwise than here. ``goes_on`` says of one that is not what is computed here whether
+    ``unlike`` what shaped them otherwise than here. ``goes_on`` says of one that is not what is computed here whether
     its later entries follow from its next checkpoint; None if that is not known.
     """
 
@@ -81,7 +80,6 @@ class Again:
 
     def __init__(self, sides: tuple[Side, Side], last: int | None, first: int, ranks: Ranks, scratch: Path) -> None:
         self.sides, self.last, self.first, self.ranks, self.scratch = sides, last, first, ranks, scratch
-        self._made = 0
 
     def find(self) -> Found:
         """Do it. Raises UserError where that is not possible here, and says why."""
@@ -89,22 +87,18 @@ class Again:
             return self._first_weights()
         begin, state = self._common_state(self.last)
         found = Found(begin)
-        runs = {side.letter: self._trainer(side, self.last, state) for side in self.sides}
+        replays = {side.letter: self._replay(side, state) for side in self.sides}
         losses: dict[str, float] = {}
         for step in range(self.last + 1, self.first + 1):
-            for side in self.sides:
-                run = runs[side.letter]
-                if step - 1 > self.last and not side.record.same(step - 2, step - 1):  # as by a resume of other code
-                    run = runs[side.letter] = self._trainer(side, step - 1, self._state(run))
-                losses[side.letter] = run.train_step()
-            a, b = (pack(run.model, run.optimizer) for run in runs.values())
+            losses = {letter: replay.step() for letter, replay in replays.items()}
+            a, b = (pack(replay.run.model, replay.run.optimizer) for replay in replays.values())
             found.first = found.first or compare(step, a, b)
             for side in self.sides:
-                self._look_at_files(side, step, runs[side.letter], found)
+                self._look_at_files(side, step, replays[side.letter].run, found)
         for side in self.sides:
-            computed = runs[side.letter].entry(losses[side.letter])
-            found.reproduced[side.letter] = not _unlike(side.record.said[self.first], computed)
-            found.unlike[side.letter] = _unlike_here(side.record, self.first, runs[side.letter])
+            run = replays[side.letter].run
+            found.reproduced[side.letter] = not differing(side.record.said[self.first], run.entry(losses[side.letter]))
+            found.unlike[side.letter] = [*unlike_here(side.record, run, self.last, self.first)]
             if not found.reproduced[side.letter]:
                 found.goes_on[side.letter] = self._goes_on(side)
         return found
@@ -116,58 +110,50 @@ class Again:
             raise UserError("the ledgers do not begin at the same step, and agree at none")
         if self.first or any(side.record.opening.get("init") for side in self.sides):
             raise UserError("they differ where they begin, and not from a seed: compare what they began from")
-        runs = [self._trainer(side, 0, None) for side in self.sides]
+        runs = [self._replay(side, None).run for side in self.sides]
         found = Found(0, compare(0, *(pack(run.model, run.optimizer) for run in runs)))
         for side, run in zip(self.sides, runs, strict=True):
-            found.reproduced[side.letter] = not _unlike(side.record.said[0], run.entry())
-            found.unlike[side.letter] = _unlike_here(side.record, 0, run)
+            found.reproduced[side.letter] = not differing(side.record.said[0], run.entry())
+            found.unlike[side.letter] = [*unlike_here(side.record, run, 0, 0)]
         return found
 
-    def _common_state(self, step: int) -> tuple[int, "State"]:
+    def _common_state(self, step: int) -> tuple[int, State]:
         """Return the step from which was computed again, and the state of both runs after ``step``.
 
-        It is computed once, from the newest checkpoint of either, or from the seed.
+        It is computed once, from the newest checkpoint of either that leads there, or from the seed.
         """
-        begins = [(saved.step, saved.path, side) for side in self.sides for saved in side.record.files]
-        begins += [
-            (0, None, side)
-            for side in self.sides
-            if side.record.opening["begins"] == 0 and not side.record.opening.get("init")
-        ]
-        begins = [begin for begin in begins if begin[0] <= step and begin[2].record.same(begin[0], step)]
-        if not begins:
-            raise UserError(f"there is no checkpoint of step {step} or before, and neither run began from its seed")
-        begin, path, side = max(begins, key=lambda each: each[0])
-        trainer = self._trainer(side, begin, _load(path) if path else None)
-        while trainer.step < step:
-            trainer.train_step()
-        if wrong := _unlike(side.record.said[step], trainer.entry()):
-            here = ", ".join(_unlike_here(side.record, step, trainer))
-            raise UserError(
-                f"step {step}, after which they agree, is computed here with other {', '.join(wrong)}"
-                + (f": other {here} than theirs" if here else ": neither can be trusted, or not this machine")
-            )
-        return begin, self._state(trainer)
-
-    def _trainer(self, side: Side, step: int, state: "State | None") -> Trainer:
-        """Return the run as it goes on after ``step``; from its seed without a ``state``."""
-        self._made += 1
-        folder = self.scratch / f"{side.letter}-{self._made}"
-        settings = side.record.at(step)["config"]
-        trainer = trainer_of(side.record, self.ranks, side.data, side.given, folder, Saved(0), settings)
-        if state is not None:
+        begins: list[tuple[int, Path | None, Side]] = []
+        for side in self.sides:
+            begins += [(saved.step, saved.path, side) for saved in side.record.files]
+            if side.record.opening["begins"] == 0 and not side.record.opening.get("init"):
+                begins.append((0, None, side))
+        why = f"there is no checkpoint of step {step} or before, and neither run began from its seed"
+        for begin, path, side in sorted(begins, key=lambda each: -each[0]):
+            if begin > step:
+                continue
             try:
-                unpack(state.arrays, trainer.model, trainer.optimizer)
-            except ValueError as error:
-                raise UserError(f"the state of step {step} does not fit {side.letter}: {error}") from None
-            trainer.step = trainer.optimizer.steps = state.step
-            if trainer.scale.moves and state.scale is not None:
-                trainer.scale.factor, trainer.scale.steady = state.scale
-        return trainer
+                replay = self._replay(side, State.load(path) if path else None)
+            except UserError as error:
+                why = str(error)
+                continue
+            said = side.record.said
+            wrong = differing(said[begin], replay.run.entry()) if begin in said else []
+            while replay.run.step < step and not wrong:
+                replay.step()
+            wrong = wrong or differing(said[step], replay.run.entry())
+            if not wrong:
+                return begin, replay.state()
+            why = f"step {replay.run.step}, up to which they agree, is computed here with other {', '.join(wrong)}"
+            if here := unlike_here(side.record, replay.run, begin, step):
+                raise UserError(f"{why}: other {', '.join(here)} than theirs")
+        raise UserError(why)
 
-    def _state(self, run: Trainer) -> "State":
-        arrays = {name: array.copy() for name, array in pack(run.model, run.optimizer).items()}
-        return State(run.step, arrays, (run.scale.factor, run.scale.steady))
+    def _replay(self, side: Side, state: State | None) -> Replay:
+        """Return the run as it goes on from ``state``, or from its seed."""
+        replay = Replay(side.record, self.ranks, side.data, side.given, self.scratch, state)
+        if wrong := fits(side.record, replay.run):
+            raise UserError(f"the ledger of {side.letter}: {wrong}")
+        return replay
 
     def _look_at_files(self, side: Side, step: int, run: Trainer, found: Found) -> None:
         for saved in side.record.files:
@@ -182,21 +168,15 @@ class Again:
         for saved in sorted(side.record.files, key=lambda each: each.step):
             later = [step for step in said if step > saved.step]
             if saved.step >= self.first and saved.path is not None and later:
-                run = self._trainer(side, saved.step, _load(saved.path))
+                try:
+                    replay = self._replay(side, State.load(saved.path))
+                except UserError:  # of other shapes: it was not written by this run
+                    continue
                 loss = 0.0
-                while run.step < min(later):
-                    loss = run.train_step()
-                return not _unlike(said[min(later)], run.entry(loss))
+                while replay.run.step < min(later):
+                    loss = replay.step()
+                return not differing(said[min(later)], replay.run.entry(loss))
         return None
-
-
-@dataclass(frozen=True)
-class State:
-    """All that a run goes on from: arrays as a checkpoint has them, and the scale of its loss."""
-
-    step: int
-    arrays: Arrays
-    scale: tuple[float, int] | None
 
 
 def compare(step: int, a: Arrays, b: Arrays) -> Place | None:
@@ -242,19 +222,3 @@ def _index(array: Array, flat: int) -> tuple[int, ...]:
 
 def _plain(name: str) -> str:
     return name.removeprefix("model/")
-
-
-def _unlike(said: dict[str, Any], computed: dict[str, Any]) -> list[str]:
-    return [name for name in computed if said.get(name) != computed[name]]
-
-
-def _unlike_here(record: Record, step: int, run: Trainer) -> list[str]:
-    """Return what shapes a run at ``step`` otherwise than here."""
-    there = record.at(step)
-    return [name for name in HERE if run.shaping.get(name) != there.get(name)]
-
-
-def _load(path: Path) -> State:
-    arrays, attributes = checkpoint.load(path)
-    run = read_saved_run(path, attributes)
-    return State(run.step, arrays, (run.loss_scale[0], int(run.loss_scale[1])) if run.loss_scale else None)

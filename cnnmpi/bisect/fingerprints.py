@@ -1,21 +1,26 @@
 """Comparing two fingerprints: the first call that takes the same and gives something else."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-from cnnmpi.common.lines import Line, each_line
+from cnnmpi.audit.record import LARGEST
+from cnnmpi.common.lines import LONGEST, Line, each_line
 from cnnmpi.distributed import UserError
 from cnnmpi.train.fingerprint import FINGERPRINT, VERSION
 
-Calls = dict[int | None, list[Line]]  # of a step: {shard: its calls in order}; None are those of all shards
-MOST_CALLS = 1_000_000  # in a step; a file with more is none of ours
+Calls = dict[int | None, list[bytes]]  # of a step: {shard: the lines of its calls in order}; None is of all shards
+MOST = 1 << 28  # bytes of a step; a file with more is none of ours
 
 
 @dataclass(frozen=True)
 class Parting:
-    """Where two fingerprints part: in ``step``, at ``place`` of these ``shards``, in what it takes or ``gives``."""
+    """Where two fingerprints part: in ``step``, at ``place`` of these ``shards``, in what it takes or ``gives``.
+
+    ``follows`` says that both have the step before, and that it is the same.
+    """
 
     step: int
     place: str
@@ -23,6 +28,7 @@ class Parting:
     all_shards: bool
     gives: bool
     names: tuple[str, ...]
+    follows: bool = False
 
     def __str__(self) -> str:
         names = ", ".join(self.names)
@@ -31,7 +37,14 @@ class Parting:
             return f"step {self.step}{where}: other calls, from {self.place} on"
         if self.gives:
             return f"step {self.step}, {self.place}{where}: takes the same, and gives other {names}"
-        return f"step {self.step}, {self.place}{where}: takes other {names}, and all before it is the same"
+        before = ", and all before it is the same" if self.follows or not self._of_weights else ""
+        return f"step {self.step}, {self.place}{where}: takes other {names}{before}"
+
+    @property
+    def _of_weights(self) -> bool:
+        """Whether weights or statistics differ, which a layer finds as the update before has left them."""
+        passed = {"input", "dout", "logits", "targets", "gradient", "statistics", "sums", "lr"}
+        return not self.gives and bool(self.names) and not set(self.names) & passed
 
     def points_to(self) -> str:
         """Return what that means, in words."""
@@ -41,23 +54,28 @@ class Parting:
         if self.place == "batch":
             return f"the data, their augmentation, or how they were read{some}"
         if self.place == "update":
-            return "another learning rate" if not self.gives else "settings of the optimizer, or what computes it"
+            return (
+                "another learning rate" if not self.gives else "settings of the optimizer, what computes it, or memory"
+            )
         if self.place == "reduce":
             return "the sum over the ranks: their network, or how they add"
         if self.gives:
             return f"what computes this: kernels, versions, code, or a failing host{some}"
-        if set(self.names) & {"input", "dout", "logits", "targets", "gradient", "statistics", "sums"}:
+        if not self._of_weights:
             return f"what is computed between two layers: code of a network's own, or memory that was overwritten{some}"
+        if not self.follows:
+            return f"a step before {self.step}: compare fingerprints of earlier ones"
         return f"weights that changed after the update of step {self.step - 1}: by other code, or failing memory{some}"
 
 
 def first_parting(a: Path, b: Path) -> tuple[Parting | None, int]:
     """Return where two files part, None if they do not, and how many steps both have. Raises UserError."""
-    compared = 0
+    compared, before = 0, 0
     for step, ours, theirs in _both(_steps(a), _steps(b)):
         compared += 1
         if (found := _parting(step, ours, theirs)) is not None:
-            return found, compared
+            return replace(found, follows=before == step - 1), compared
+        before = step
     return None, compared
 
 
@@ -80,22 +98,22 @@ def path_in(folder: Path) -> Path | None:
 def _steps(path: Path) -> Iterator[tuple[int, Calls]]:
     """Yield each step of a file, and its calls; of what a kill has cut off, only whole steps."""
     head(path)
-    step, calls, count = 0, Calls(), 0
-    for number, (_, line) in enumerate(each_line(path), 1):
+    step, calls, size = 0, Calls(), 0
+    for number, (blob, line) in enumerate(each_line(path), 1):
         if number == 1:
             continue
-        if line is None:  # torn, or damaged: what follows cannot be trusted
+        if line is None and not blob.endswith(b"\n") and len(blob) < LONGEST:
             return
-        if not _is_call(line):
-            raise UserError(f"{path}: line {number} is no call")
+        if line is None or not _is_call(line):
+            raise UserError(f"{path}: line {number} is no call: the file is damaged")
         if line["step"] != step:
             if line["step"] < step:
                 raise UserError(f"{path}: line {number} goes back to step {line['step']}")
-            step, calls, count = line["step"], Calls(), 0
-        count += 1
-        if count > MOST_CALLS:
-            raise UserError(f"{path}: step {step} has more than {MOST_CALLS} calls")
-        calls.setdefault(line["shard"], []).append(line)
+            step, calls, size = line["step"], Calls(), 0
+        size += len(blob)
+        if size > MOST:
+            raise UserError(f"{path}: step {step} has more than {MOST >> 20} MiB of calls")
+        calls.setdefault(line["shard"], []).append(blob)
         if line["place"] == "update":
             yield step, calls
 
@@ -103,6 +121,7 @@ def _steps(path: Path) -> Iterator[tuple[int, Calls]]:
 def _is_call(line: Line) -> bool:
     return (
         type(line.get("step")) is int
+        and 0 < line["step"] < LARGEST
         and (line.get("shard") is None or type(line.get("shard")) is int)
         and isinstance(line.get("place"), str)
         and isinstance(line.get("takes"), dict)
@@ -125,8 +144,8 @@ def _both(a: Iterator[tuple[int, Calls]], b: Iterator[tuple[int, Calls]]) -> Ite
 
 def _parting(step: int, ours: Calls, theirs: Calls) -> Parting | None:
     """Return the earliest difference of any shard, else of what follows all shards."""
-    shards = [shard for shard in ours if shard is not None]
-    first = {shard: _difference(ours[shard], theirs.get(shard, [])) for shard in [*shards, None] if shard in ours}
+    shards = sorted({shard for shard in (*ours, *theirs) if shard is not None})
+    first = {shard: _difference(ours.get(shard, []), theirs.get(shard, [])) for shard in (*shards, None)}
     different = {shard: found for shard, found in first.items() if found is not None}
     of_shards = {shard: found for shard, found in different.items() if shard is not None}
     if not different:
@@ -136,17 +155,21 @@ def _parting(step: int, ours: Calls, theirs: Calls) -> Parting | None:
     return Parting(step, place, alike, len(alike) == len(shards), gives, names)
 
 
-def _difference(ours: list[Line], theirs: list[Line]) -> tuple[int, str, bool, tuple[str, ...]] | None:
+def _difference(ours: list[bytes], theirs: list[bytes]) -> tuple[int, str, bool, tuple[str, ...]] | None:
     """Return (number of the call, place, whether it gives other values, their names) of the first difference."""
-    for index, call in enumerate(ours):
-        other: dict[str, Any] = theirs[index] if index < len(theirs) else {}
-        if other.get("place") != call["place"]:
+    for index, (blob, other_blob) in enumerate(zip_longest(ours, theirs)):
+        if blob == other_blob:
+            continue
+        if not blob or not other_blob:
+            return index, json.loads(blob or other_blob)["place"], False, ()
+        call, other = json.loads(blob), json.loads(other_blob)
+        if call["place"] != other["place"]:
             return index, call["place"], False, ()
         for gives, kind in ((False, "takes"), (True, "gives")):
             names = [*call[kind], *(other[kind].keys() - call[kind].keys())]
             if wrong := tuple(name for name in names if call[kind].get(name) != other[kind].get(name)):
                 return index, call["place"], gives, wrong
-    return None if len(theirs) <= len(ours) else (len(ours), theirs[len(ours)]["place"], False, ())
+    return None
 
 
 def _listed(shards: tuple[int, ...]) -> str:

@@ -5,36 +5,35 @@ from typing import Any
 
 import numpy as np
 
-from cnnmpi.audit.record import Record
+from cnnmpi.audit.record import NO_SHAPING, Record
+from cnnmpi.audit.replay import shown
 from cnnmpi.common.arrays import Array
 from cnnmpi.train.inputs import Data
 
 CHUNK = 1000  # images that are compared at once
 PLATFORM = ("kernels", "versions", "sources_sha256")  # where these differ, settings and data may be alike
-OTHER = ("ledger", "every", "steps_per_epoch", "before", "fingerprint", "changed")  # in a first line, but no shaping
+FIRST = ("seed", "model", "model_options", "network", "frozen", "init", "code")  # what shapes the first weights
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], of: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (name, value in ``a``, value in ``b``) of all that is not alike; settings are named one by one."""
     for name in sorted(a.keys() | b.keys()):
-        if name in OTHER and not of:
+        if (name in NO_SHAPING or name == "fingerprint") and not of:
             continue
         first, second = a.get(name), b.get(name)
         if isinstance(first, dict) and isinstance(second, dict):
             yield from differences(first, second, of if name == "config" else name)
         elif first != second:
-            yield (f"{of} {name}".strip(), _shown(first), _shown(second))
+            yield (f"{of} {name}".strip(), shown(first), shown(second))
 
 
-def changes(record: Record, until: int) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (step, name, before, afterwards) of what changed in a run after its beginning, up to a step."""
-    known = dict(record.opening)
-    for entry in record.chain:
-        if (step := entry.says.get("changed")) is not None and step <= until:
-            now = known | entry.says
-            for difference in differences(known, now):
-                yield (step, *difference)
-            known = now
+def changes(record: Record) -> Iterator[tuple[int, str, str, str]]:
+    """Yield (step, name, before, afterwards) of what changed in a run after its beginning."""
+    known = record.at(-1)
+    for step, news in record.changes:
+        for difference in differences(known, known | news):
+            yield (step, *difference)
+        known |= news
 
 
 def other_data(a: Data, b: Data) -> str:
@@ -72,8 +71,3 @@ def _pixels(image: Array, other: Array) -> str:
     at = tuple(int(index) for index in places[0])
     count = "1 number" if len(places) == 1 else f"{len(places)} numbers"
     return f", in {count}: at channel {at[0]}, row {at[1]}, column {at[2]}, {image[at]} in A and {other[at]} in B"
-
-
-def _shown(value: Any) -> str:
-    text = "none" if value is None or value == "" else str(value)
-    return text[:16] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text

@@ -121,11 +121,11 @@ def _explain(ranks: Ranks, error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def failing_together(ranks: Ranks) -> Iterator[None]:
+def failing_together(ranks: Ranks, crash: int = 1) -> Iterator[None]:
     """Run the body of a program so that its failure on one rank ends all ranks within seconds, explained once.
 
     An error of the user's that all ranks meet, and a sys.exit of all, end in an orderly way. Any other exception, and
-    what the other ranks do not share, abort the job.
+    what the other ranks do not share, abort the job. ``crash`` is the exit code where nobody foresaw the error.
     """
     try:
         yield
@@ -133,6 +133,9 @@ def failing_together(ranks: Ranks) -> Iterator[None]:
         shared = isinstance(error, UserError | RemoteError | SystemExit) and ranks.all_arrive(ARRIVE_S)
         if not shared or (ranks.rank == 0 and isinstance(error, UserError)):
             _explain(ranks, error)
+        code = exit_code(error)
+        if code == 1 and not isinstance(error, SystemExit):
+            code = crash
         if shared or ranks.size == 1:
-            sys.exit(exit_code(error))
-        ranks.abort(exit_code(error) or 1)
+            sys.exit(code)
+        ranks.abort(code or crash)

@@ -20,6 +20,7 @@ from cnnmpi.checkpoint import write_atomically
 from cnnmpi.common.files import append
 from cnnmpi.common.lines import Line, each_line, to_line
 from cnnmpi.common.replaced import replaced
+from cnnmpi.distributed import UserError
 from cnnmpi.layers import Layer
 
 if TYPE_CHECKING:
@@ -46,10 +47,15 @@ class Fingerprint:
         """Write the first line, what shapes the run; keep the lines up to ``step`` of one that is resumed."""
         if not self.steps[1]:
             return
-        lines = [*each_line(self.path)] if self.path.exists() else []
         head = to_line({"fingerprint": VERSION, **shaping})
-        earlier = lines[1:] if lines and lines[0][0] == head else []
-        kept = [blob for blob, line in earlier if line and type(line.get("step")) is int and line["step"] <= step]
+        try:
+            lines = [*each_line(self.path)] if self.path.exists() else []
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}; move it away") from None
+        if lines and lines[0][0] != head:
+            self.tell(f"note: {self.path} begins anew: what shapes the run is not what it was")
+            lines = []
+        kept = [blob for blob, line in lines[1:] if line and type(line.get("step")) is int and line["step"] <= step]
         write_atomically(self.path, head + b"".join(kept))
 
     @contextlib.contextmanager

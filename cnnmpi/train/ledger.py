@@ -4,6 +4,8 @@ Nothing in it depends on ranks, time or host: whoever computes the run again, on
 bytes. docs/checking.md says what is in it, and what it proves.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -14,7 +16,7 @@ from typing import Any
 
 from cnnmpi.checkpoint import write_atomically
 from cnnmpi.common.arrays import Array
-from cnnmpi.common.files import append
+from cnnmpi.common.files import append, sync
 from cnnmpi.common.lines import Line, each_line, to_line
 
 LEDGER = "ledger.jsonl"
@@ -29,7 +31,7 @@ class Entry:
     blob: bytes
     says: Line
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """The sha256 of the line, with its end."""
         return hashlib.sha256(self.blob).hexdigest()
@@ -45,6 +47,10 @@ class BrokenChainError(ValueError):
     """A ledger does not hold together: a line is no entry, or does not follow from the one before."""
 
 
+class OtherVersionError(BrokenChainError):
+    """A ledger was written by a version of this program whose ledgers are others."""
+
+
 def entries(path: Path, torn: bool = False) -> Iterator[Entry]:
     """Yield the entries of a ledger, each checked against the one before. Raises BrokenChainError, OSError.
 
@@ -54,11 +60,11 @@ def entries(path: Path, torn: bool = False) -> Iterator[Entry]:
     for number, (blob, line) in enumerate(each_line(path), 1):
         if line is None and torn and not blob.endswith(b"\n"):
             return
-        if line is None or line.get("before") != before:
+        if number == 1 and line is not None and type(line.get("ledger")) is int and line["ledger"] != VERSION:
+            raise OtherVersionError(f"{path}: a ledger of version {line['ledger']!r:.20}, not {VERSION}")
+        if line is None or line.get("before") != before or (number == 1 and line.get("ledger") != VERSION):
             what = "is no entry" if line is None else "does not follow from the line before"
-            raise BrokenChainError(f"{path}: line {number} {what}")
-        if number == 1 and line.get("ledger") != VERSION:
-            raise BrokenChainError(f"{path}: not a ledger of version {VERSION}")
+            raise BrokenChainError(f"{path}: line {number} {what if number > 1 else 'begins no ledger'}")
         yield (entry := Entry(blob, line))
         before = entry.hash
 
@@ -90,6 +96,12 @@ class Ledger:
         """Write the entry of a step: ``Trainer.entry``."""
         if self.every:
             self._add(says)
+
+    def wait(self) -> None:
+        """Wait until all entries have reached the disk: a checkpoint is about to name the newest of them."""
+        with contextlib.suppress(OSError):  # of a file that cannot be written, which was told
+            if self.head and not self._failed:
+                sync(self.path)
 
     def go_on(self, step: int, head: str, shaping: Line) -> bool:
         """Keep the entries up to the one whose hash is ``head``, as the checkpoint says: the others will come again.

@@ -17,7 +17,7 @@ import numpy as np
 from cnnmpi import checkpoint, optim
 from cnnmpi.common.arrays import Array
 from cnnmpi.data import DataLoader, Dataset
-from cnnmpi.distributed import NotFiniteError, Ranks, Reducer, UserError
+from cnnmpi.distributed import NotFiniteError, Ranks, Reducer
 from cnnmpi.machine import one_blas_thread
 from cnnmpi.models import MODELS, FlatArrays, Model
 from cnnmpi.train.closing import time_table, what_now, write_report
@@ -187,10 +187,14 @@ class Trainer:
         else:
             if self.config.on_nan == "stop":
                 advice = "a smaller --lr may help, and --on-nan skip leaves such steps out"
-                raise UserError(f"{error}; the weights were left as they were before this step; {advice}") from None
+                raise NotFiniteError(
+                    f"{error}; the weights were left as they were before this step; {advice}"
+                ) from None
             self.skipped += 1
             if self.skipped >= MOST_SKIPPED:
-                raise UserError(f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help")
+                raise NotFiniteError(
+                    f"{error}; {MOST_SKIPPED} steps in a row had to be skipped: a smaller --lr may help"
+                )
             self.report.line(f"warning: {error}; the step was skipped")
         self.optimizer.steps = self.step + 1
         self.stopping = self.ranks.any(self.signals.asked)
@@ -367,6 +371,7 @@ class Trainer:
         with self.phases(SAVE):
             self._agree()
             self.watchdog.note(f"saving {name}", slow=True)
+            self.ledger.wait()
             write()
         self.unsaved = False
         kind = name.partition("/")[0]
