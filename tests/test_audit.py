@@ -529,6 +529,13 @@ def test_more_steps_than_such_a_run_has_are_wrong(per_epoch, words, copy, capsys
 
 
 @pytest.mark.fault
+def test_a_ledger_of_endless_changes_is_refused(copy, capsys):
+    rechain(copy, lambda says: says.__setitem__(slice(2, 2), [{"changed": 0, "kernels": str(n)} for n in range(1001)]))
+    assert audit(copy, "--segments", "0") == 1
+    assert "is one change more than the 1000 that a run may have" in capsys.readouterr().out
+
+
+@pytest.mark.fault
 def test_other_frozen_weights_are_found(copy, capsys):
     for path in copy.rglob("*.h5"):
         path.unlink()

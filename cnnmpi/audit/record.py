@@ -19,6 +19,7 @@ from cnnmpi.train.ledger import LEDGER, SKIPPED, BrokenChainError, Entry, OtherV
 from cnnmpi.train.state import read_saved_run
 
 LARGEST = 1 << 53  # step; a larger one is nobody's
+MOST_CHANGES = 1000  # resumes on other hosts or with other code
 NO_SHAPING = {"ledger", "every", "steps_per_epoch", "begins", "before", "changed"}  # in the lines that say what shapes
 STATE = ("weights", "statistics", "optimizer")
 UNKNOWN = "?"  # in the place of a verdict
@@ -144,13 +145,15 @@ def _check_entries(record: Record) -> None:
     )
     if not right or not isinstance(opening.get("config"), dict) or not isinstance(opening.get("data_sha256"), str):
         raise BrokenChainError("its first line does not say what shapes the run")
-    newest = expected = int(opening["begins"])
+    newest, expected, count = int(opening["begins"]), int(opening["begins"]), 0
     for number, entry in enumerate(record.chain[1:], 2):
         if "changed" in entry.says and entry.step is None:
             changed, config = entry.says["changed"], entry.says.get("config", {})
             if type(changed) is not int or not newest <= changed < expected or not isinstance(config, dict):
                 raise BrokenChainError(f"line {number} is no change between its neighbours")
-            newest = changed
+            newest, count = changed, count + 1
+            if count > MOST_CHANGES:
+                raise BrokenChainError(f"line {number} is one change more than the {MOST_CHANGES} that a run may have")
             continue
         losses = isinstance(entry.says.get("loss", SKIPPED), str)
         if entry.step != expected or not losses or not all(isinstance(entry.says.get(name), str) for name in STATE):
