@@ -810,6 +810,7 @@ def test_nothing_is_written_over_what_is_read_whatever_leads_there(
     Path("other.py").symlink_to(f"{tmp_path.name}.py")
     Path("nets.py").write_text(f"from {tmp_path.name} import Net\n")
     give(monkeypatch, b"./photos/1.png\nlink/0.png\n")
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
     before = {path: path.read_bytes() for path in sorted(Path().rglob("*")) if path.is_file()}
     monkeypatch.setattr("cnnmpi.predict.predictions", lambda *arguments: pytest.fail("too late"))
     assert main([str(trained[0]), images, "--csv", name, "--model", "nets.py:Net"]) == 2

@@ -53,9 +53,9 @@ def set_threads(count: int, callers: int = 1) -> None:
 
 def kernels(device: str) -> str:
     """Return what computes on ``device``, on which the last bits depend: the GPU, or the instructions of the CPU."""
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and torch.cuda.is_available():
         return f"torch on {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    return f"torch on cpu, {torch.backends.cpu.get_cpu_capability()}"
+    return f"torch on {device}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def tensor(a: NumpyArray, device: str) -> Tensor:
