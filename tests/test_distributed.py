@@ -320,17 +320,24 @@ def test_a_job_ends_whatever_becomes_of_its_output(streams, hook):
 
 @pytest.mark.fault
 @pytest.mark.mpi_skip  # slow, and the same on each rank
-def test_last_words_into_a_pipe_that_nobody_reads_do_not_hold_up_the_end():
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # as usual, and as in many containers
+@pytest.mark.parametrize("error, code", [("RuntimeError", 1), ("UserError('x')", 2)])
+def test_last_words_into_a_pipe_that_nobody_reads_do_not_hold_up_the_end(error, code, unbuffered):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
         while True:
             os.write(writer, bytes(4096))
     os.set_blocking(writer, True)
-    code = "from cnnmpi.distributed import Ranks, failing_together\nwith failing_together(Ranks()): raise RuntimeError"
-    result = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=writer, timeout=60, check=False)
+    program = "from cnnmpi.distributed import Ranks, UserError, failing_together, last_words\n"
+    program += "last_words.SPEAK_S = 1.0\n"
+    program += f"with failing_together(Ranks()): raise {error}"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(
+        [sys.executable, "-c", program], stdout=writer, stderr=writer, timeout=60, check=False, env=environment
+    )
     os.close(reader), os.close(writer)
-    assert result.returncode == 1
+    assert result.returncode == code
 
 
 @pytest.mark.mpi(min_size=2)

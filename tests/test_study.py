@@ -210,7 +210,9 @@ def test_what_shaped_a_run_is_read_from_its_ledger(short, tmp_path):
     book.go_on(0, book.head, says | {"sources_sha256": "2", "kernels": "Haswell"})
     assert shaping(out / "ledger.jsonl") == {"config": [{"lr": 0.1}], "sources_sha256": ["1", "2"]}
     (out / "ledger.jsonl").write_text("damaged\n")
-    with pytest.raises(UserError, match=f"ledger.jsonl: line 1 is no entry: remove {out}, and it is trained again"):
+    with pytest.raises(
+        UserError, match=f"ledger.jsonl: line 1 begins no ledger: remove {out}, and it is trained again"
+    ):
         runs.look(0, out, {})
     (out / "ledger.jsonl").unlink()  # as with --ledger-every 0
     assert runs.look(0, out, {"script": ["0"]}).shaped == {}

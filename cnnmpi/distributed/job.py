@@ -106,7 +106,8 @@ def _install_hooks(ranks: Ranks) -> None:
     threading.excepthook = lambda args: on_exception(args.exc_type, args.exc_value or SystemExit(1), None)
 
 
-def _explain(ranks: Ranks, error: BaseException) -> None:
+def _explain(ranks: Ranks, error: BaseException) -> bool:
+    """Say how this rank ends, and return whether anybody takes what it says."""
     who = f"rank {ranks.rank} of {ranks.size} on {socket.gethostname()}" if ranks.size > 1 else "cnnmpi"
 
     def speak() -> None:
@@ -117,7 +118,7 @@ def _explain(ranks: Ranks, error: BaseException) -> None:
         else:
             say(f"{who}:\n{''.join(traceback.format_exception(error)).rstrip()}")
 
-    in_time(speak)
+    return in_time(speak)
 
 
 @contextlib.contextmanager
@@ -131,11 +132,12 @@ def failing_together(ranks: Ranks, crash: int = 1) -> Iterator[None]:
         yield
     except BaseException as error:
         shared = isinstance(error, UserError | RemoteError | SystemExit) and ranks.all_arrive(ARRIVE_S)
+        heard = True
         if not shared or (ranks.rank == 0 and isinstance(error, UserError)):
-            _explain(ranks, error)
+            heard = _explain(ranks, error)
         code = exit_code(error)
         if code == 1 and not isinstance(error, SystemExit):
             code = crash
-        if shared or ranks.size == 1:
+        if heard and (shared or ranks.size == 1):
             sys.exit(code)
         ranks.abort(code or crash)

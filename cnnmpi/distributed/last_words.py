@@ -27,14 +27,18 @@ def flush() -> None:
             stream.flush()
 
 
-def in_time(speak: Callable[[], None]) -> None:
-    """Call ``speak``, but do not wait long for it: a pipe that nobody reads lets nobody write."""
+def in_time(speak: Callable[[], None]) -> bool:
+    """Call ``speak``, but do not wait long for it: a pipe that nobody reads lets nobody write.
+
+    Returns whether it was heard. If not, the interpreter would wait at its end as well: only os._exit() does not.
+    """
     thread = threading.Thread(target=speak, daemon=True)
     try:
         thread.start()
     except RuntimeError:  # the interpreter ends and makes no more threads
-        return
+        return True
     thread.join(SPEAK_S)
+    return not thread.is_alive()
 
 
 def wait_for_readers(seconds: float) -> None:

@@ -13,7 +13,7 @@ def as_array(a: Array, like: Any = None) -> Array:
     return np.asarray(a)
 
 
-def kernels(device: str = "cpu") -> str:
+def kernels(device: str) -> str:
     """Return what computes on ``device``, here the CPU, on which the last bits depend: BLAS and its kernels."""
     return blas_kernels()
 
