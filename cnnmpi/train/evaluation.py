@@ -42,6 +42,11 @@ class Evaluation:
         return float(np.count_nonzero(self.labels == self.guesses) / len(self.labels)) if len(self.labels) else math.nan
 
     @property
+    def score(self) -> float:
+        """What makes an evaluation the best: its accuracy or, without one, a small loss."""
+        return self.metrics.get("acc", -self.loss)
+
+    @property
     def images(self) -> Array:
         """How many images each class has, (classes,)."""
         return np.bincount(self.labels, minlength=self.classes)

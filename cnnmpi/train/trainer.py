@@ -75,7 +75,7 @@ class Trainer:
     greeting: list[str]  # what is about to be trained, on what
     how_to_resume: str  # what a person does for that
     step: int = 0
-    best: float = -math.inf  # of the evaluation of best.h5, see ``score``
+    best: float = -math.inf  # of the evaluation of best.h5, see Evaluation.score
     unsaved: bool = True  # nothing of this run is in its folder yet
     stopping: bool = False  # all ranks have agreed to stop
     skipped: int = 0  # steps in a row that --on-nan left out
@@ -335,10 +335,10 @@ class Trainer:
         self.report.epoch(metrics, newest, self.judge.name)
         self.history.append(metrics)
         self.hooks.call("on_epoch", self, metrics)
-        if score(newest) > self.best and math.isfinite(newest.loss):
+        if newest.score > self.best and math.isfinite(newest.loss):
             # a run that --max-steps ends inside an epoch may go on: what best.h5 is then must not depend on that
             if complete or self.step == self.total_steps:
-                self.best = score(newest)
+                self.best = newest.score
             self._save(BEST)
         if complete:
             self.epoch_sums[:] = 0
@@ -400,8 +400,3 @@ class Trainer:
         elif math.isfinite(self.best):
             attributes[f"best_{self.judge.name}_loss"] = -self.best
         return attributes
-
-
-def score(evaluation: Evaluation) -> float:
-    """Return what makes an evaluation the best: its accuracy or, without one, a small loss."""
-    return evaluation.metrics.get("acc", -evaluation.loss)
