@@ -542,3 +542,101 @@ def test_other_frozen_weights_are_found(copy, capsys):
     rechain(copy, lambda says: says[0].update(frozen="0" * 64))
     assert audit(copy, "--segments", "1", "--seed", "1") == 1
     assert "step 0: other frozen weights" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("where", ["opening", "change"])
+@pytest.mark.parametrize("name", ["init", "resume", "data", "out"])
+def test_a_ledger_cannot_say_how_a_run_is_begun(where, name, trained, copy, capsys):
+    for path in copy.rglob("*.h5"):
+        path.unlink()
+
+    def forge(says: list[dict]) -> None:
+        config = says[0]["config"] | {name: str(trained / "last.h5")}
+        if where == "opening":
+            says[0]["config"] = config
+        else:
+            says.insert(2, {"changed": 0, "config": config})
+
+    rechain(copy, forge)
+    assert audit(copy, "--segments", "-1") == 1
+    assert "does not say what shapes the run" in (out := capsys.readouterr().out) or "no change between" in out
+
+
+@pytest.mark.parametrize("option", [["--augment", "none"], ["--loss", "mse"]])
+def test_other_settings_of_the_audit_are_no_fault_of_the_run(option, copy, capfd):
+    assert audit(copy, *option, "--segments", "1") == 2
+    said = capfd.readouterr()
+    assert "WRONG" not in said.out and "Traceback" not in said.err
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("change", ["a sign", "float64"])
+def test_other_bits_behind_the_last_entry_are_found(change, data, tmp_path, capsys):
+    out = trained_again(data, tmp_path / "run", max_steps=15)  # of which there is no entry
+    arrays, attributes = checkpoint.load(out / "last.h5")
+    name = next(key for key in arrays if key.startswith("optimizer/"))
+    if change == "float64":
+        arrays[name] = arrays[name].astype(np.float64)
+    else:
+        arrays[name].flat[0] *= -1
+    sign(out / "last.h5", arrays, attributes)
+    assert audit(out, "--segments", "0") == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("change", [{"code": None}, {"code": "model"}, {"versions": {"numpy": [[]]}}, {"config": 5}])
+def test_what_shapes_a_run_must_be_that(change, copy, capsys):
+    rechain(copy, lambda says: says[0].update(change))
+    assert audit(copy, "--segments", "0") == 1
+    assert "its first line does not say what shapes the run" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+def test_a_loss_beyond_all_numbers_is_wrong(copy, capsys):
+    for path in copy.rglob("*.h5"):
+        path.unlink()
+    rechain(copy, lambda says: says[3].update(loss="0x1p99999"))
+    assert audit(copy, "--segments", "-1") == 1
+    assert "step 8: other loss" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+def test_nothing_is_converted_to_look_at_the_data(copy, tmp_path, monkeypatch, capfd):
+    (tmp_path / "images.npz").write_bytes(b"PK")
+    text = (copy / "config.toml").read_text().splitlines()
+    lines = [f'data = "{tmp_path / "images.npz"}"' if line.startswith("data = ") else line for line in text]
+    (copy / "config.toml").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    assert audit(copy, "--segments", "0") == 2
+    assert "are no HDF5 file: name that, or them, by --data" in capfd.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+@needs_mpirun
+@pytest.mark.fault
+def test_a_failure_of_one_rank_ends_all(tmp_path):
+    code = """
+from cnnmpi.audit.replay import together
+from cnnmpi.distributed import UserError, failing_together, start
+import sys
+ranks = start()
+def fail():
+    if ranks.rank == int(sys.argv[1]):
+        raise UserError("one alone")
+    if sys.argv[2] == "waits":
+        ranks.gather(0)
+    return ranks.rank
+with failing_together(ranks):
+    try:
+        together(ranks, fail)
+    except UserError as error:
+        print("told", error, flush=True)
+        if sys.argv[2] == "waits":
+            raise
+"""
+    for rank, how in (("1", "goes on"), ("0", "goes on"), ("1", "waits")):
+        result = run(MPIRUN, "-n", "2", sys.executable, "-c", code, rank, how)
+        assert result.stdout.count("told one alone") == (2 if how == "goes on" else 1), result.stderr
+        assert (result.returncode == 0) == (how == "goes on")

@@ -376,6 +376,15 @@ def test_no_code_is_imported_because_a_ledger_names_it(whole, tmp_path, capsys):
     assert "its model is a person's own" in capsys.readouterr().out and not (tmp_path / "ran").exists()
 
 
+@needs_mpirun
+def test_output_that_nobody_reads_ends_it_quietly(whole):
+    words = f"{sys.executable} -m cnnmpi.bisect {whole} {whole}"
+    result = run("bash", "-c", f"{words} | true; exit ${{PIPESTATUS[0]}}")
+    assert result.returncode in (0, 141) and not result.stderr
+    result = run("bash", "-c", f"{words} > /dev/full")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "cannot be written" in result.stderr
+
+
 @pytest.mark.fault
 def test_a_ledger_of_endless_steps_is_not_computed(whole, tmp_path, capsys):
     copies = [Path(shutil.copytree(whole, tmp_path / name)) for name in "ab"]
@@ -465,5 +474,5 @@ def test_how_arrays_differ_is_told_in_units_or_as_a_number():
     far = a["model/w"] + np.float32(0.25)
     found = other(**{"model/w": far, "optimizer/m/w": np.ones(2, np.float32)})
     assert str(found) == "step 3, w: 3 of 3 numbers by up to 0.25, the first at (0, 0), and 1 other array"
-    assert "of shape (1, 3) and none" in str(compare(3, a, {"optimizer/m/w": a["optimizer/m/w"]}))
+    assert "float32 (1, 3) and none" in str(compare(3, a, {"optimizer/m/w": a["optimizer/m/w"]}))
     assert other() is None

@@ -17,7 +17,7 @@ import tyro
 
 from cnnmpi.audit.compute import check_state, compute
 from cnnmpi.audit.record import UNKNOWN, Record, read
-from cnnmpi.audit.replay import Replay, State, data_of_run, fits, scratch_folder, unlike_here
+from cnnmpi.audit.replay import Replay, State, data_of_run, fits, scratch_folder, together, unlike_here
 from cnnmpi.console import command, complain, printable, table
 from cnnmpi.distributed import Ranks, UserError, failing_together, start
 
@@ -80,13 +80,15 @@ def run(
     found = record.verdicts()
     if ranks.rank == 0:
         print(table(("checked", "", ""), [tuple(map(printable, row)) for row in record.rows]))
+        for step, names in record.changed_names():
+            print(printable(f"note: from step {step} on, the run was shaped by other {', '.join(names)}"))
         for name, words in other.items():
             print(printable(f"note: not as in the run: {name}: {words}"))
         if "WRONG" in found:
             verdict = "WRONG: the run is not what its ledger says"
         elif UNKNOWN in found:
             verdict = "NOT TOLD HERE: nothing was found to be wrong, but see above for what could not be checked"
-        elif segments:
+        elif any(what.startswith("steps") for what, *_ in record.rows):
             verdict = "SOUND: all that was checked is as the ledger says"
         else:
             verdict = "SOUND as far as it was read: nothing was computed again"
@@ -107,7 +109,7 @@ def _recompute(
     chosen = [part for index, part in enumerate(parts) if index in drawn or part[1].step not in record.said]
     with scratch_folder(ranks) as scratch:
         make = functools.partial(Replay, record, ranks, data, given, scratch)
-        replay = make()
+        replay = together(ranks, make)
         other = unlike_here(record, replay.run, record.opening["begins"], record.opening["begins"] + 1)
         if wrong := fits(record, replay.run):
             record.note("ledger", wrong)
@@ -122,11 +124,15 @@ def _recompute(
         if "WRONG" in record.verdicts():
             return other
         for first, last in chosen:
-            replay = make(State.load(first.path) if first.path else None)
+            what, path = f"steps {first.step}-{last.step}", first.path
+            try:
+                replay = together(ranks, lambda path=path: make(State.load(path) if path else None))  # type: ignore[misc]
+            except UserError as error:
+                record.rows.append((what, UNKNOWN, str(error)))
+                continue
             found = compute(replay, last)
             unlike = unlike_here(record, replay.run, first.step, found.step or last.step)
             other |= unlike
-            what = f"steps {first.step}-{last.step}"
             if found.difference and unlike:
                 words = f"other bits from step {found.step} on; losses differ by {found.deviation:.2g} of them at most"
                 record.rows.append((what, UNKNOWN, words))

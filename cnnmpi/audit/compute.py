@@ -7,11 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from cnnmpi import checkpoint
 from cnnmpi.audit.record import Saved
-from cnnmpi.audit.replay import Replay, State, differing
+from cnnmpi.audit.replay import Replay, State, differing, same, take
 from cnnmpi.distributed import NotFiniteError
 from cnnmpi.train.ledger import SKIPPED
 from cnnmpi.train.state import pack
@@ -34,9 +32,10 @@ def check_state(replay: Replay, saved: Saved) -> str:
         other.append("model")
     if json.loads(attributes.get("sources", "{}")) not in [each.says.get("code") for each in record.chain]:
         other.append("code")
-    other += sorted(arrays.keys() - pack(trainer.model, trainer.optimizer).keys())
+    own = pack(trainer.model, trainer.optimizer)
+    other += sorted(name for name in arrays if name not in own or arrays[name].dtype != own[name].dtype)
     try:
-        replay.take(State.load(saved.path))
+        take(trainer, State.load(saved.path))
     except ValueError as error:
         return str(error)
     computed, said = trainer.entry(), record.said.get(saved.step, {})
@@ -86,13 +85,13 @@ def compute(replay: Replay, last: Saved) -> Computed:
             found.note(trainer.step, differing(said, trainer.entry(loss)))
             theirs = said.get("loss", SKIPPED)
             if math.isfinite(loss) and theirs != SKIPPED:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, OverflowError):
                     size = max(abs(float.fromhex(theirs)), 1e-300)
                     found.deviation = max(found.deviation, abs(loss - float.fromhex(theirs)) / size)
     computed = pack(replay.run.model, replay.run.optimizer)
     for saved in record.files:
         if saved.step == last.step and saved.step not in record.said and saved.path is not None:
             kept, _ = checkpoint.load(saved.path)
-            other = [name for name in computed if not np.array_equal(kept.get(name, np.zeros(0)), computed[name])]
+            other = [name for name in computed if name not in kept or not same(kept[name], computed[name])]
             found.note(last.step, other, f" in {saved.path.name}")
     return found

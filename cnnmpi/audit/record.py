@@ -1,10 +1,12 @@
 """What the folder of a run says: its ledger, its checkpoints, its settings, and whether they hold together."""
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import itertools
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from cnnmpi.distributed import UserError
 from cnnmpi.train import Config
 from cnnmpi.train.config import experiment, from_plain, to_plain
 from cnnmpi.train.ledger import LEDGER, SKIPPED, BrokenChainError, Entry, OtherVersionError, entries, plain_settings
+from cnnmpi.train.settings import Execution
 from cnnmpi.train.state import read_saved_run
 
 LARGEST = 1 << 53  # step; a larger one is nobody's
 MOST_CHANGES = 1000  # resumes on other hosts or with other code
+NO_EXPERIMENT = {"data", "init", *(each.name for each in dataclasses.fields(Execution))}  # no settings of a ledger
 NO_SHAPING = {"ledger", "every", "steps_per_epoch", "begins", "before", "changed"}  # in the lines that say what shapes
 STATE = ("weights", "statistics", "optimizer")
 UNKNOWN = "?"  # in the place of a verdict
@@ -78,6 +82,12 @@ class Record:
                 known |= news
         return known
 
+    def changed_names(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield (step, names of what is otherwise from there on), of settings their own."""
+        for step, news in self.changes if self.chain else ():
+            before, after = (known.pop("config") | known for known in (self.at(step - 1), self.at(step) | news))
+            yield step, sorted(name for name in after if after[name] != before.get(name))
+
     def shaping(self, first: int, last: int) -> list[dict[str, Any]]:
         """Return all that shaped the steps after ``first`` up to ``last``: several, where it changed."""
         return [self.at(step) for step in (first, *(step for step, _ in self.changes if first < step < last))]
@@ -126,7 +136,7 @@ def read(folder: Path, init: Path | None = None) -> Record:
             content = tomllib.loads(file.read(1 << 20).decode(errors="surrogateescape"))
         settings = experiment(Config(**from_plain(content, "config.toml")))
         wrong = _other(plain_settings(to_plain(settings)), record.at(LARGEST)["config"])
-    except (OSError, ValueError, UserError, KeyError) as error:
+    except (OSError, ValueError, UserError, KeyError, RecursionError) as error:
         wrong = str(error)
     record.note("config.toml", wrong)
     names = [folder / name for name in ("last.h5", "previous.h5", "best.h5")]
@@ -143,13 +153,13 @@ def _check_entries(record: Record) -> None:
     right = all(
         type(number) is int and least <= number < LARGEST for number, least in zip(numbers, (1, 1, 0), strict=True)
     )
-    if not right or not isinstance(opening.get("config"), dict) or not isinstance(opening.get("data_sha256"), str):
+    if not right or not isinstance(opening.get("data_sha256"), str) or not _shapes({"config": None} | opening):
         raise BrokenChainError("its first line does not say what shapes the run")
     newest, expected, count = int(opening["begins"]), int(opening["begins"]), 0
     for number, entry in enumerate(record.chain[1:], 2):
         if "changed" in entry.says and entry.step is None:
-            changed, config = entry.says["changed"], entry.says.get("config", {})
-            if type(changed) is not int or not newest <= changed < expected or not isinstance(config, dict):
+            changed = entry.says["changed"]
+            if type(changed) is not int or not newest <= changed < expected or not _shapes(entry.says):
                 raise BrokenChainError(f"line {number} is no change between its neighbours")
             newest, count = changed, count + 1
             if count > MOST_CHANGES:
@@ -159,6 +169,14 @@ def _check_entries(record: Record) -> None:
         if entry.step != expected or not losses or not all(isinstance(entry.says.get(name), str) for name in STATE):
             raise BrokenChainError(f"line {number} is not the entry of step {expected}")
         newest, expected = expected, _next(record, expected)
+
+
+def _shapes(says: dict[str, Any]) -> bool:
+    """Return whether all that a line says of what shapes a run can be that; of settings, none is of how it is run."""
+    texts = [says.get(name, {}) for name in ("code", "versions")]
+    right = all(isinstance(each, dict) and all(isinstance(text, str) for text in each.values()) for each in texts)
+    config = says.get("config", {})
+    return right and isinstance(config, dict) and not {name.replace("-", "_") for name in config} & NO_EXPERIMENT
 
 
 def _check(record: Record, path: Path) -> None:
@@ -204,7 +222,7 @@ def _next(record: Record, step: int) -> int:
 
 
 def _other(settings: dict[str, Any], said: dict[str, Any]) -> str:
-    """Return which settings are not those that the ledger begins with."""
+    """Return which settings are not what the ledger says."""
     names = sorted(name for name in settings.keys() | said.keys() if settings.get(name) != said.get(name))
     return f"other {', '.join(names)} than the ledger's" if names else ""
 

@@ -2,20 +2,26 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import signal
 import tempfile
+import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import h5py
 
 from cnnmpi import checkpoint
 from cnnmpi.audit.record import Record
+from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.common.arrays import Array
 from cnnmpi.common.files import open_regular
-from cnnmpi.distributed import Ranks, UserError
+from cnnmpi.distributed import ARRIVE_S, Ranks, RemoteError, UserError
 from cnnmpi.train import Config, Trainer, set_up
 from cnnmpi.train.code import OURS
 from cnnmpi.train.config import from_plain
@@ -24,6 +30,7 @@ from cnnmpi.train.judging import data_of
 from cnnmpi.train.ledger import LEDGER
 from cnnmpi.train.state import Arrays, pack, read_saved_run, unpack
 
+Made = TypeVar("Made")
 HERE = ("kernels", "versions", "sources_sha256", "code", "network")  # what may be otherwise here
 
 
@@ -67,13 +74,6 @@ class Replay:
         arrays = {name: array.copy() for name, array in pack(self.run.model, self.run.optimizer).items()}
         return State(self.run.step, arrays, (self.run.scale.factor, self.run.scale.steady))
 
-    def take(self, state: State) -> None:
-        """Go on from ``state``. Raises ValueError where its arrays do not fit."""
-        unpack(state.arrays, self.run.model, self.run.optimizer)
-        self.run.step = self.run.optimizer.steps = state.step
-        if self.run.scale.moves and state.scale is not None:
-            self.run.scale.factor, self.run.scale.steady = state.scale
-
     def _trainer(self, state: State | None) -> Trainer:
         known = self.record.at(state.step if state else 0)
         for name in OURS:  # nothing is imported because a file names it
@@ -89,14 +89,49 @@ class Replay:
             Config(**settings), out=Path(self.ranks.on_rank0(lambda: tempfile.mkdtemp(dir=self.scratch))),
             data=self.data.dataset.source, ledger_every=0, log_every=0, report=False, quiet=True,
         )  # fmt: skip
-        self.run = set_up(config, self.ranks, data=self.data.dataset)
-        self.run.folder.close()
+        run = set_up(config, self.ranks, data=self.data.dataset)
+        run.folder.close()
+        here = run.shaping["config"]
+        if other := sorted(name for name in known["config"] if here.get(name) != known["config"][name]):
+            raise UserError(f"{', '.join(other)}: not those of the run, {known['config'][other[0]]!r:.100}")
         if state is not None:
             try:
-                self.take(state)
+                take(run, state)
             except ValueError as error:
                 raise UserError(f"step {state.step}: {error}") from None
-        return self.run
+        return run
+
+
+def take(run: Trainer, state: State) -> None:
+    """Let a run go on from ``state``. Raises ValueError where its arrays do not fit."""
+    unpack(state.arrays, run.model, run.optimizer)
+    run.step = run.optimizer.steps = state.step
+    if run.scale.moves and state.scale is not None:
+        run.scale.factor, run.scale.steady = state.scale
+
+
+def together(ranks: Ranks, make: Callable[[], Made]) -> Made:
+    """Return what ``make`` returns; where it fails on any rank, raise UserError on all of them.
+
+    A rank that fails alone, and leaves the others waiting, raises its error after ARRIVE_S, which ends all.
+    """
+    failed: Exception | None = None
+    made: Made | None = None
+    try:
+        made = make()
+    except (UserError, RemoteError, CheckpointError) as error:
+        failed = error
+    if not ranks.all_arrive(ARRIVE_S if failed else math.inf) and failed:
+        raise failed
+    told = ranks.gather((failed is not None, "" if isinstance(failed, RemoteError | None) else str(failed)))
+    if any(wrong for wrong, _ in told):
+        raise UserError(next((text for _, text in told if text), "another rank failed"))
+    return made  # type: ignore[return-value]
+
+
+def same(a: Array, b: Array) -> bool:
+    """Return whether two arrays have the same bits, type and shape."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def data_of_run(record: Record, ranks: Ranks, spec: str | None, flag: str = "--data") -> Data | None:
@@ -111,11 +146,13 @@ def data_of_run(record: Record, ranks: Ranks, spec: str | None, flag: str = "--d
             try:
                 with open_regular(record.folder / "config.toml") as file:
                     settings = tomllib.loads(file.read(1 << 20).decode(errors="surrogateescape"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise UserError(
                     f"{record.folder / 'config.toml'} does not name the data ({error}): use {flag}"
                 ) from None
             where = data_of(settings.get("data"), flag)
+            if where != "synthetic" and not h5py.is_hdf5(where):  # to look at others, they would have to be converted
+                raise UserError(f"its data ({where}) are no HDF5 file: name that, or them, by {flag}")
         try:
             return where, open_data(where, Ranks(), lambda text: None).dataset.digest(), ""
         except UserError as error:
@@ -135,19 +172,22 @@ def scratch_folder(ranks: Ranks) -> Iterator[Path]:
     """Yield a folder that is gone afterwards, also where SIGTERM ends the program; the same on all ranks of a host."""
     path = Path(ranks.on_rank0(lambda: tempfile.mkdtemp(prefix="cnnmpi-audit-")))
 
-    def remove(number: int = 0, frame: Any = None) -> None:
-        if ranks.rank == 0:
-            shutil.rmtree(path, ignore_errors=True)
-        if number:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def end(number: int, frame: Any) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, remove)
+    usual = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    heeds = usual and ranks.rank == 0 and threading.current_thread() is threading.main_thread()
+    if heeds:
+        signal.signal(signal.SIGTERM, end)
     try:
         yield path
     finally:
-        remove()
-        signal.signal(signal.SIGTERM, before)
+        if heeds:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if ranks.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def fits(record: Record, trainer: Trainer) -> str:

@@ -15,12 +15,12 @@ from typing import Annotated
 import tyro
 
 from cnnmpi.audit.record import UNKNOWN, Record, read
-from cnnmpi.audit.replay import data_of_run, scratch_folder
+from cnnmpi.audit.replay import data_of_run, scratch_folder, together
 from cnnmpi.bisect import fingerprints
 from cnnmpi.bisect.again import Again, Found, Side, parting
 from cnnmpi.bisect.shaping import FIRST, PLATFORM, changes, differences, other_data
 from cnnmpi.console import command, complain, printable, table
-from cnnmpi.distributed import Ranks, RemoteError, UserError, failing_together, start
+from cnnmpi.distributed import Ranks, UserError, failing_together, start
 from cnnmpi.train.inputs import Data
 from cnnmpi.train.ledger import LEDGER
 
@@ -117,12 +117,16 @@ class Comparison:
         agree = f"they agree up to step {last} and" if last is not None else "they agree nowhere, and"
         self.say(f"{agree} part at step {first}: other {', '.join(names)}")
         own = {name: value for name, value in given.items() if value is not None}
-        owns = (own, own | {name: value for name, value in other.items() if value is not None})
+        owns = (
+            own,
+            {name: value for name, value in own.items() if name != "data"}
+            | {name: value for name, value in other.items() if value is not None},
+        )
         try:
-            sides = self._sides((a, b), owns, threads)
+            sides = together(self.ranks, lambda: self._sides((a, b), owns, threads))
             with scratch_folder(self.ranks) as scratch:
                 found = Again(sides, last, first, self.ranks, scratch).find()
-        except (UserError, RemoteError) as error:  # of rank 0, or of all
+        except UserError as error:  # of all ranks: see together()
             self.say(f"NOT COMPUTED AGAIN: {error}")
             self._advise(last, first)
             return PART

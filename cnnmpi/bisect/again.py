@@ -8,7 +8,7 @@ import numpy as np
 
 from cnnmpi import checkpoint
 from cnnmpi.audit.record import STATE, Record
-from cnnmpi.audit.replay import Replay, State, differing, fits, unlike_here
+from cnnmpi.audit.replay import Replay, State, differing, fits, same, together, unlike_here
 from cnnmpi.common.arrays import Array
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train import Trainer
@@ -132,7 +132,7 @@ class Again:
             if begin > step:
                 continue
             try:
-                replay = self._replay(side, State.load(path) if path else None)
+                replay = self._replay(side, together(self.ranks, lambda path=path: path and State.load(path)))  # type: ignore[misc]
             except UserError as error:
                 why = str(error)
                 continue
@@ -150,7 +150,9 @@ class Again:
 
     def _replay(self, side: Side, state: State | None) -> Replay:
         """Return the run as it goes on from ``state``, or from its seed."""
-        replay = Replay(side.record, self.ranks, side.data, side.given, self.scratch, state)
+        replay = together(
+            self.ranks, lambda: Replay(side.record, self.ranks, side.data, side.given, self.scratch, state)
+        )
         if wrong := fits(side.record, replay.run):
             raise UserError(f"the ledger of {side.letter}: {wrong}")
         return replay
@@ -169,7 +171,8 @@ class Again:
             later = [step for step in said if step > saved.step]
             if saved.step >= self.first and saved.path is not None and later:
                 try:
-                    replay = self._replay(side, State.load(saved.path))
+                    path = saved.path
+                    replay = self._replay(side, together(self.ranks, lambda path=path: State.load(path)))  # type: ignore[misc]
                 except UserError:  # of other shapes: it was not written by this run
                     continue
                 loss = 0.0
@@ -181,14 +184,14 @@ class Again:
 
 def compare(step: int, a: Arrays, b: Arrays) -> Place | None:
     """Return how the arrays of two runs differ after ``step``; None if they do not."""
-    names = [name for name in a.keys() | b.keys() if name not in a or name not in b or not _equal(a[name], b[name])]
+    names = [name for name in a.keys() | b.keys() if name not in a or name not in b or not same(a[name], b[name])]
     ordered = sorted(names, key=lambda name: [*a, *b].index(name))
     if not ordered:
         return None
     first = ordered[0]
-    if first not in a or first not in b or a[first].shape != b[first].shape:
-        shapes = [f"{arrays[first].shape}" if first in arrays else "none" for arrays in (a, b)]
-        return Place(step, tuple(map(_plain, ordered)), f"of shape {shapes[0]} and {shapes[1]}")
+    if first not in a or first not in b or a[first].shape != b[first].shape or a[first].dtype != b[first].dtype:
+        shapes = [f"{arrays[first].dtype} {arrays[first].shape}" if first in arrays else "none" for arrays in (a, b)]
+        return Place(step, tuple(map(_plain, ordered)), f"{shapes[0]} and {shapes[1]}")
     ours, theirs = (np.ascontiguousarray(arrays[first]).ravel() for arrays in (a, b))
     kind = np.int32 if ours.dtype.itemsize == 4 else np.int64
     wrong = np.flatnonzero(ours.view(kind) != theirs.view(kind))
@@ -210,10 +213,6 @@ def _ordered(numbers: Array) -> Array:
     size = numbers.dtype.itemsize
     bits = numbers.view(np.int32 if size == 4 else np.int64).astype(np.int64)
     return np.where(bits < 0, np.int64(-(1 << (8 * size - 1))) - bits, bits)
-
-
-def _equal(a: Array, b: Array) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
 def _index(array: Array, flat: int) -> tuple[int, ...]:

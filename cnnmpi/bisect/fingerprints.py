@@ -98,7 +98,7 @@ def path_in(folder: Path) -> Path | None:
 def _steps(path: Path) -> Iterator[tuple[int, Calls]]:
     """Yield each step of a file, and its calls; of what a kill has cut off, only whole steps."""
     head(path)
-    step, calls, size = 0, Calls(), 0
+    step, calls, size, done = 0, Calls(), 0, 0
     for number, (blob, line) in enumerate(each_line(path), 1):
         if number == 1:
             continue
@@ -106,15 +106,16 @@ def _steps(path: Path) -> Iterator[tuple[int, Calls]]:
             return
         if line is None or not _is_call(line):
             raise UserError(f"{path}: line {number} is no call: the file is damaged")
+        if line["step"] <= done or line["step"] < step:
+            raise UserError(f"{path}: line {number} goes back to step {line['step']}")
         if line["step"] != step:
-            if line["step"] < step:
-                raise UserError(f"{path}: line {number} goes back to step {line['step']}")
             step, calls, size = line["step"], Calls(), 0
         size += len(blob)
         if size > MOST:
             raise UserError(f"{path}: step {step} has more than {MOST >> 20} MiB of calls")
         calls.setdefault(line["shard"], []).append(blob)
         if line["place"] == "update":
+            done = step
             yield step, calls
 
 

@@ -7,13 +7,14 @@ grads, statistics, counts = reducer.reduce()       # the sums over all shards: e
 """
 
 from cnnmpi.distributed.errors import DisagreementError, NotFiniteError, RemoteError, UserError
-from cnnmpi.distributed.job import failing_together, launched, little_shared_memory, start
+from cnnmpi.distributed.job import ARRIVE_S, failing_together, launched, little_shared_memory, start
 from cnnmpi.distributed.last_words import say
 from cnnmpi.distributed.launcher import find_launcher, split_words
 from cnnmpi.distributed.ranks import Ranks
 from cnnmpi.distributed.reduction import DeviceReducer, ExactReducer, Reducer
 
 __all__ = [
+    "ARRIVE_S",
     "DeviceReducer",
     "DisagreementError",
     "ExactReducer",

@@ -131,6 +131,8 @@ def failing_together(ranks: Ranks, crash: int = 1) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None and ranks.size == 1:
+            raise  # of the output, such as a closed pipe: see console.command
         shared = isinstance(error, UserError | RemoteError | SystemExit) and ranks.all_arrive(ARRIVE_S)
         heard = True
         if not shared or (ranks.rank == 0 and isinstance(error, UserError)):
