@@ -634,7 +634,7 @@ with failing_together(ranks):
     try:
         together(ranks, fail)
     except UserError as error:
-        print("told", error, flush=True)
+        print(f"told {error}\\n", end="", flush=True)  # in one piece: both ranks print
         if sys.argv[2] == "waits":
             raise
 """
