@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from cnnmpi.train import Trainer
 
 MPIRUN = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
 HANGS_S = 240  # no test waits longer; deadlines are there against hangs only, for machines may be busy
@@ -77,3 +80,16 @@ def all_gone(out: Path) -> bool:
     while (left := rank_pids(out)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not left
+
+
+def one_ulp(monkeypatch: pytest.MonkeyPatch, steps: range, rank: int = 0) -> None:
+    """Let one weight of a ``rank`` be another one after the update of these steps, as by failing memory."""
+    step = Trainer.train_step
+
+    def altered(run: Trainer) -> float:
+        loss = step(run)
+        if run.step in steps and run.ranks.rank == rank:
+            run.flat.params[7] = np.nextafter(run.flat.params[7], np.float32(9))
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", altered)

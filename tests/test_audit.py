@@ -18,9 +18,9 @@ from cnnmpi.audit.__main__ import main
 from cnnmpi.common.lines import to_line
 from cnnmpi.data import read_hdf5, write_hdf5
 from cnnmpi.distributed import Ranks
-from cnnmpi.train import Config, Trainer, set_up
+from cnnmpi.train import Config, set_up
 from cnnmpi.train.setup import what_shapes
-from tests.jobs import MPIRUN, command, needs_mpirun, run
+from tests.jobs import MPIRUN, command, needs_mpirun, one_ulp, run
 
 pytestmark = pytest.mark.mpi_skip
 OPTIONS = ("--keep-every", "1", "--ledger-every", "4")
@@ -44,15 +44,8 @@ train(sys.argv[1:])
 def other_kernels(monkeypatch, bits: bool) -> None:
     """Let this process compute with kernels of another name and, with ``bits``, to other last bits."""
     monkeypatch.setattr("cnnmpi.functional.kernels", lambda device: "openblas Other")
-    step = Trainer.train_step
-
-    def altered(run):
-        loss = step(run)
-        run.flat.params[7] = np.nextafter(run.flat.params[7], np.float32(9))
-        return loss
-
     if bits:
-        monkeypatch.setattr(Trainer, "train_step", altered)
+        one_ulp(monkeypatch, range(99))
 
 
 def rechain(folder: Path, change) -> None:
@@ -64,6 +57,12 @@ def rechain(folder: Path, change) -> None:
         lines.append(to_line(each | {"before": before}))
         before = hashlib.sha256(lines[-1]).hexdigest()
     (folder / "ledger.jsonl").write_bytes(b"".join(lines))
+
+
+def without_checkpoints(folder: Path) -> None:
+    """Leave of a run what its ledger says alone."""
+    for path in folder.rglob("*.h5"):
+        path.unlink()
 
 
 def sign(path: Path, arrays, attributes) -> None:
@@ -450,16 +449,8 @@ def test_an_unforeseen_error_is_no_verdict(copy, monkeypatch, capfd):
 
 @pytest.mark.fault
 def test_a_run_from_other_weights_that_was_altered_later_is_wrong(data, trained, tmp_path, monkeypatch, capsys):
-    step = Trainer.train_step
-
-    def altered(run):
-        loss = step(run)
-        if run.step == 5:
-            run.flat.params[7] = np.nextafter(run.flat.params[7], np.float32(9))
-        return loss
-
     with monkeypatch.context() as there:
-        there.setattr(Trainer, "train_step", altered)
+        one_ulp(there, range(5, 6))
         trained_again(data, tmp_path / "run", init=str(trained / "last.h5"))
     assert audit(tmp_path / "run", "--segments", "-1", "--init", str(trained / "last.h5")) == 1
     assert "step 8: other weights, optimizer" in capsys.readouterr().out
@@ -487,8 +478,7 @@ def test_a_change_that_comes_after_a_fault_does_not_excuse_it(at, wrong, data, t
 @pytest.mark.fault
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 def test_settings_by_which_nothing_can_be_computed_are_wrong(copy, capsys):
-    for path in copy.rglob("*.h5"):
-        path.unlink()
+    without_checkpoints(copy)
     rechain(copy, lambda says: says[0]["config"].update(lr=1e30))
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("lr = 0.06", "lr = 1e30"))
@@ -518,8 +508,7 @@ def test_what_else_a_checkpoint_says_is_compared(what, copy, capsys):
     [(10**9, "steps_per_epoch is 1000000000, with these data 10"), (10, "it goes on to step 40 of a run of 30")],
 )
 def test_more_steps_than_such_a_run_has_are_wrong(per_epoch, words, copy, capsys):
-    for path in copy.rglob("*.h5"):
-        path.unlink()
+    without_checkpoints(copy)
 
     def more(says: list[dict]) -> None:
         says[0] |= {"every": 10**9, "steps_per_epoch": per_epoch}
@@ -539,8 +528,7 @@ def test_a_ledger_of_endless_changes_is_refused(copy, capsys):
 
 @pytest.mark.fault
 def test_other_frozen_weights_are_found(copy, capsys):
-    for path in copy.rglob("*.h5"):
-        path.unlink()
+    without_checkpoints(copy)
     rechain(copy, lambda says: says[0].update(frozen="0" * 64))
     assert audit(copy, "--segments", "1", "--seed", "1") == 1
     assert "step 0: other frozen weights" in capsys.readouterr().out
@@ -550,8 +538,7 @@ def test_other_frozen_weights_are_found(copy, capsys):
 @pytest.mark.parametrize("where", ["opening", "change"])
 @pytest.mark.parametrize("name", ["init", "resume", "data", "out"])
 def test_a_ledger_cannot_say_how_a_run_is_begun(where, name, trained, copy, capsys):
-    for path in copy.rglob("*.h5"):
-        path.unlink()
+    without_checkpoints(copy)
 
     def forge(says: list[dict]) -> None:
         config = says[0]["config"] | {name: str(trained / "last.h5")}
@@ -597,8 +584,7 @@ def test_what_shapes_a_run_must_be_that(change, copy, capsys):
 
 @pytest.mark.fault
 def test_a_loss_beyond_all_numbers_is_wrong(copy, capsys):
-    for path in copy.rglob("*.h5"):
-        path.unlink()
+    without_checkpoints(copy)
     rechain(copy, lambda says: says[3].update(loss="0x1p99999"))
     assert audit(copy, "--segments", "-1") == 1
     assert "step 8: other loss" in capsys.readouterr().out
@@ -620,7 +606,7 @@ def test_nothing_is_converted_to_look_at_the_data(copy, tmp_path, monkeypatch, c
 @pytest.mark.fault
 def test_a_failure_of_one_rank_ends_all(tmp_path):
     code = """
-from cnnmpi.audit.replay import together
+from cnnmpi.audit.ranks import together
 from cnnmpi.distributed import UserError, failing_together, start
 import sys
 ranks = start()

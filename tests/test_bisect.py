@@ -13,14 +13,13 @@ import pytest
 
 from cnnmpi import checkpoint
 from cnnmpi.audit.record import Record
+from cnnmpi.audit.shaping import changes
 from cnnmpi.bisect.__main__ import main
 from cnnmpi.bisect.again import compare
-from cnnmpi.bisect.shaping import changes
 from cnnmpi.data import DataLoader, read_hdf5, write_hdf5
-from cnnmpi.train import Trainer
 from cnnmpi.train.fingerprint import FINGERPRINT
 from cnnmpi.train.ledger import LEDGER, Entry
-from tests.jobs import MPIRUN, needs_mpirun, run
+from tests.jobs import MPIRUN, needs_mpirun, one_ulp, run
 from tests.test_audit import rechain
 from tests.test_fingerprint import trained
 
@@ -33,19 +32,6 @@ def bisect(a: Path, b: Path, *arguments: str) -> int:
         return main([str(a), str(b), *arguments])
     except SystemExit as error:
         return error.code
-
-
-def one_ulp(monkeypatch, steps: range) -> None:
-    """Let one weight be another one after the update of these steps, as by failing memory."""
-    step = Trainer.train_step
-
-    def altered(run: Trainer) -> float:
-        loss = step(run)
-        if run.step in steps:
-            run.flat.params[7] = np.nextafter(run.flat.params[7], np.float32(9))
-        return loss
-
-    monkeypatch.setattr(Trainer, "train_step", altered)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +110,7 @@ def test_other_settings_from_an_epoch_on_are_named(whole, data, tmp_path, capsys
 
 
 def test_another_pixel_is_named(whole, pixel, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cnnmpi.bisect.shaping.CHUNK", 10)
+    monkeypatch.setattr("cnnmpi.bisect.data.CHUNK", 10)
     trained(pixel, tmp_path / "run", **RUN)
     assert bisect(whole, tmp_path / "run") == 1
     out = capsys.readouterr().out

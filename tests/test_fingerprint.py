@@ -11,8 +11,9 @@ import pytest
 from cnnmpi import checkpoint, functional
 from cnnmpi.bisect.fingerprints import first_parting
 from cnnmpi.distributed import DisagreementError, Ranks, UserError
-from cnnmpi.train import Config, Trainer, set_up
+from cnnmpi.train import Config, set_up
 from cnnmpi.train.fingerprint import FINGERPRINT, digest_of
+from tests.jobs import one_ulp
 
 SMALL = {"model": "simplecnn", "batch_size": 40, "epochs": 1, "threads": 1, "quiet": True, "hang_warning": 0.0}
 
@@ -128,16 +129,10 @@ def test_the_other_engine_has_the_same_calls(precision, data, printed, tmp_path)
 
 @pytest.mark.mpi(min_size=2)
 def test_weights_that_change_on_one_rank_are_found_there(ranks, data, shared_tmp, monkeypatch):
-    source, step = ranks.on_rank0(lambda: data), Trainer.train_step
+    source = ranks.on_rank0(lambda: data)
     whole = trained(source, shared_tmp / "whole", ranks, fingerprint="2:4")
 
-    def altered(run: Trainer) -> float:
-        loss = step(run)
-        if run.step == 2 and run.ranks.rank == ranks.size - 1:
-            run.flat.params[7] = np.nextafter(run.flat.params[7], np.float32(9))
-        return loss
-
-    monkeypatch.setattr(Trainer, "train_step", altered)
+    one_ulp(monkeypatch, range(2, 3), ranks.size - 1)
     with pytest.raises(DisagreementError):  # as soon as it is saved
         trained(source, shared_tmp / "changed", ranks, fingerprint="2:4", agree_every=0)
     if ranks.rank == 0:

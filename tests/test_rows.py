@@ -199,7 +199,7 @@ def test_more_than_fits_into_memory_is_read_in_place_and_refused_elsewhere(path,
 
 def test_a_compressed_file_is_unpacked_to_be_checked_only_once(path, tmp_path, monkeypatch):
     unpacked = []
-    monkeypatch.setattr("cnnmpi.data.hdf5.inflates_to", lambda packed, size: unpacked.append(packed) or True)
+    monkeypatch.setattr("cnnmpi.data.stored.inflates_to", lambda packed, size: unpacked.append(packed) or True)
     set_up(Config(data=str(layouts(path, "compressed")), out=tmp_path / "run"), Ranks())
     assert len(unpacked) == -(-400 // 7) + -(-30 // 7)
 

@@ -16,27 +16,21 @@ import numpy as np
 import tyro
 
 from cnnmpi.audit.compute import check_state, compute
+from cnnmpi.audit.ranks import CANNOT, on_all_ranks, together
 from cnnmpi.audit.record import UNKNOWN, Record, read
-from cnnmpi.audit.replay import Replay, State, data_of_run, fits, scratch_folder, together, unlike_here
-from cnnmpi.console import command, complain, printable, table
-from cnnmpi.distributed import Ranks, UserError, failing_together, start
+from cnnmpi.audit.replay import Replay, State, data_of_run, fits, scratch_folder, unlike_here
+from cnnmpi.audit.shaping import changes
+from cnnmpi.console import command, printable, table
+from cnnmpi.distributed import Ranks, UserError
 
 PROGRAM = "cnnmpi.audit"
-FOUND, CANNOT = 1, 2  # exit codes: something is not as the ledger says; it cannot be told here
+FOUND = 1  # exit code: something is not as the ledger says
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Audit as ``argv`` says (the command line's if None), on all ranks. Returns 0, 1 or 2: see ``run``."""
-    try:
-        ranks = start()
-    except UserError as error:
-        complain(PROGRAM, error)
-        return CANNOT
-    code = CANNOT
-    with failing_together(ranks, crash=CANNOT):
-        code = tyro.cli(functools.partial(run, ranks), args=argv, prog=f"python -m {PROGRAM}", description=__doc__)
-    return code
+    return on_all_ranks(run, argv, PROGRAM, __doc__)
 
 
 def run(
@@ -80,8 +74,8 @@ def run(
     found = record.verdicts()
     if ranks.rank == 0:
         print(table(("checked", "", ""), [tuple(map(printable, row)) for row in record.rows]))
-        for step, names in record.changed_names():
-            print(printable(f"note: from step {step} on, the run was shaped by other {', '.join(names)}"))
+        for step, name, before, afterwards in changes(record) if record.chain else ():
+            print(printable(f"note: from step {step} on, {name}: {afterwards} instead of {before}"))
         for name, words in other.items():
             print(printable(f"note: not as in the run: {name}: {words}"))
         if "WRONG" in found:

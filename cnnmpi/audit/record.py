@@ -6,7 +6,6 @@ import fcntl
 import functools
 import itertools
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,12 +80,6 @@ class Record:
             if changed <= step:
                 known |= news
         return known
-
-    def changed_names(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield (step, names of what is otherwise from there on), of settings their own."""
-        for step, news in self.changes if self.chain else ():
-            before, after = (known.pop("config") | known for known in (self.at(step - 1), self.at(step) | news))
-            yield step, sorted(name for name in after if after[name] != before.get(name))
 
     def shaping(self, first: int, last: int) -> list[dict[str, Any]]:
         """Return all that shaped the steps after ``first`` up to ``last``: several, where it changed."""

@@ -2,26 +2,25 @@
 
 import contextlib
 import dataclasses
-import math
 import os
 import shutil
 import signal
 import tempfile
 import threading
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import h5py
 
 from cnnmpi import checkpoint
 from cnnmpi.audit.record import Record
-from cnnmpi.checkpoint import CheckpointError
+from cnnmpi.audit.shaping import shown
 from cnnmpi.common.arrays import Array
 from cnnmpi.common.files import open_regular
-from cnnmpi.distributed import ARRIVE_S, Ranks, RemoteError, UserError
+from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train import Config, Trainer, set_up
 from cnnmpi.train.code import OURS
 from cnnmpi.train.config import from_plain
@@ -30,7 +29,6 @@ from cnnmpi.train.judging import data_of
 from cnnmpi.train.ledger import LEDGER
 from cnnmpi.train.state import Arrays, pack, read_saved_run, unpack
 
-Made = TypeVar("Made")
 HERE = ("kernels", "versions", "sources_sha256", "code", "network")  # what may be otherwise here
 
 
@@ -108,25 +106,6 @@ def take(run: Trainer, state: State) -> None:
     run.step = run.optimizer.steps = state.step
     if run.scale.moves and state.scale is not None:
         run.scale.factor, run.scale.steady = state.scale
-
-
-def together(ranks: Ranks, make: Callable[[], Made]) -> Made:
-    """Return what ``make`` returns; where it fails on any rank, raise UserError on all of them.
-
-    A rank that fails alone, and leaves the others waiting, raises its error after ARRIVE_S, which ends all.
-    """
-    failed: Exception | None = None
-    made: Made | None = None
-    try:
-        made = make()
-    except (UserError, RemoteError, CheckpointError) as error:
-        failed = error
-    if not ranks.all_arrive(ARRIVE_S if failed else math.inf) and failed:
-        raise failed
-    told = ranks.gather((failed is not None, "" if isinstance(failed, RemoteError | None) else str(failed)))
-    if any(wrong for wrong, _ in told):
-        raise UserError(next((text for _, text in told if text), "another rank failed"))
-    return made  # type: ignore[return-value]
 
 
 def same(a: Array, b: Array) -> bool:
@@ -209,14 +188,6 @@ def unlike_here(record: Record, trainer: Trainer, first: int, last: int) -> dict
             if there.get(name) != trainer.shaping[name]:
                 found[name] = f"{shown(there.get(name))} there, {shown(trainer.shaping[name])} here"
     return found
-
-
-def shown(value: Any) -> str:
-    """Return what shapes a run as a person reads it: of a digest the first 16 digits."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {shown(each)}" for name, each in value.items()) or "none"
-    text = "none" if value is None or value == "" else str(value)
-    return text[:16] if len(text) == 64 and set(text) <= set("0123456789abcdef") else text
 
 
 def differing(said: dict[str, Any], computed: dict[str, Any]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Where two runs part that should agree: by their ledgers (again.py computes what lies between), or by fingerprints."""
+"""Where two runs part that should agree: by ledgers (again.py), by their images (data.py), by fingerprints."""

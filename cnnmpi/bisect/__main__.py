@@ -6,7 +6,6 @@ python -m cnnmpi.bisect runs/a runs/b --data data/cifar10.h5 --other-data other/
 Where the folders hold fingerprints (cnnmpi.train --fingerprint FROM:TO), the first layer that computes otherwise.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,18 +13,22 @@ from typing import Annotated
 
 import tyro
 
+from cnnmpi.audit.ranks import CANNOT, on_all_ranks, together
 from cnnmpi.audit.record import UNKNOWN, Record, read
-from cnnmpi.audit.replay import data_of_run, scratch_folder, together
+from cnnmpi.audit.replay import data_of_run, scratch_folder
+from cnnmpi.audit.shaping import changes, differences
 from cnnmpi.bisect import fingerprints
 from cnnmpi.bisect.again import Again, Found, Side, parting
-from cnnmpi.bisect.shaping import FIRST, PLATFORM, changes, differences, other_data
-from cnnmpi.console import command, complain, printable, table
-from cnnmpi.distributed import Ranks, UserError, failing_together, start
+from cnnmpi.bisect.data import other_data
+from cnnmpi.console import command, printable, table
+from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train.inputs import Data
 from cnnmpi.train.ledger import LEDGER
 
 PROGRAM = "cnnmpi.bisect"
-AGREE, PART, CANNOT = 0, 1, 2  # exit codes
+AGREE, PART = 0, 1  # exit codes, besides CANNOT
+PLATFORM = ("kernels", "versions", "sources_sha256")  # where these differ, settings and data may be alike
+FIRST = ("seed", "model", "model_options", "network", "frozen", "init", "code")  # what shapes the first weights
 FAULTS = {  # of a run that is not what it says: whether what comes later follows from its next checkpoint
     True: "a single fault, as of a host's memory: what comes after it is right again",
     False: "other code or settings than its ledger names, or a host that goes on failing",
@@ -36,15 +39,7 @@ FAULTS = {  # of a run that is not what it says: whether what comes later follow
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare as ``argv`` says (the command line's if None), on all ranks. Returns 0, 1 or 2: see ``run``."""
-    try:
-        ranks = start()
-    except UserError as error:
-        complain(PROGRAM, error)
-        return CANNOT
-    code = CANNOT
-    with failing_together(ranks, crash=CANNOT):
-        code = tyro.cli(functools.partial(run, ranks), args=argv, prog=f"python -m {PROGRAM}", description=__doc__)
-    return code
+    return on_all_ranks(run, argv, PROGRAM, __doc__)
 
 
 def run(

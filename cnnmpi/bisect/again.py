@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from cnnmpi import checkpoint
+from cnnmpi.audit.ranks import together
 from cnnmpi.audit.record import STATE, Record
-from cnnmpi.audit.replay import Replay, State, differing, fits, same, together, unlike_here
+from cnnmpi.audit.replay import Replay, State, differing, fits, same, unlike_here
 from cnnmpi.common.arrays import Array
 from cnnmpi.distributed import Ranks, UserError
 from cnnmpi.train import Trainer

@@ -124,8 +124,8 @@ class Witness:
             (run.loader, "batch", batch),
             (run, "loss", loss),
             (run.reducer, "add", add),
+            (run.reducer, "reduce", reduce),
         ]
-        watched += [(run.reducer, "reduce", reduce)]
         for layer in (layer for model in run.team.models for _, layer in model.walk()):
             watched += [(layer, "forward", self._forward(layer)), (layer, "backward", self._backward(layer))]
         for owner, name, function in watched:

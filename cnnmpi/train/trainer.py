@@ -187,9 +187,7 @@ class Trainer:
         else:
             if self.config.on_nan == "stop":
                 advice = "a smaller --lr may help, and --on-nan skip leaves such steps out"
-                raise NotFiniteError(
-                    f"{error}; the weights were left as they were before this step; {advice}"
-                ) from None
+                raise NotFiniteError(f"{error}; the weights are as before this step; {advice}") from None
             self.skipped += 1
             if self.skipped >= MOST_SKIPPED:
                 raise NotFiniteError(

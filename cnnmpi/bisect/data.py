@@ -1,39 +1,13 @@
-"""What shapes two runs otherwise: their settings, data, code, and what computed them."""
+"""How the data of two runs differ."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from cnnmpi.audit.record import NO_SHAPING, Record
-from cnnmpi.audit.replay import shown
 from cnnmpi.common.arrays import Array
 from cnnmpi.train.inputs import Data
 
 CHUNK = 1000  # images that are compared at once
-PLATFORM = ("kernels", "versions", "sources_sha256")  # where these differ, settings and data may be alike
-FIRST = ("seed", "model", "model_options", "network", "frozen", "init", "code")  # what shapes the first weights
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any], of: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (name, value in ``a``, value in ``b``) of all that is not alike; settings are named one by one."""
-    for name in sorted(a.keys() | b.keys()):
-        if (name in NO_SHAPING or name == "fingerprint") and not of:
-            continue
-        first, second = a.get(name), b.get(name)
-        if isinstance(first, dict) and isinstance(second, dict):
-            yield from differences(first, second, of if name == "config" else name)
-        elif first != second:
-            yield (f"{of} {name}".strip(), shown(first), shown(second))
-
-
-def changes(record: Record) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (step, name, before, afterwards) of what changed in a run after its beginning."""
-    known = record.at(-1)
-    for step, news in record.changes:
-        for difference in differences(known, known | news):
-            yield (step, *difference)
-        known |= news
 
 
 def other_data(a: Data, b: Data) -> str:
